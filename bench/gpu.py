@@ -1,0 +1,87 @@
+"""The benchmarks on a CUDA card, within a given time and without pytest; see ``gpu.sh``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+from bench import machine, report
+from bench.cases import OURS, Case, fuse_cases, matrix_cases
+from bench.layers import DTYPES
+from bench.race import matmul, race
+
+DEVICE = "cuda"
+# what is cut off when time runs out is float64, then bfloat16, never a part of a dtype's layers
+_DTYPE_ORDER = ["float32", "bfloat16", "float64"]
+
+
+def _row(case: Case, seconds: float) -> report.Row | str:
+    """The case's row, or why it has none. A peer that fails is named among those left out."""
+    facts = case.facts
+    entrants = [name for name in case.entrants if name not in facts["left_out"]]
+    medians = {}
+    for name, outcome in race(case, entrants, seconds).items():
+        if isinstance(outcome, Exception):
+            why = str(outcome).splitlines()[0] if str(outcome) else type(outcome).__name__
+            facts["left_out"][name] = why
+        else:
+            medians[name] = statistics.median(outcome)
+    if OURS not in medians:
+        return facts["left_out"][OURS]
+    return report.make_row(facts, medians)
+
+
+def main() -> int:
+    """Measures, prints and writes; the exit status is 1 where ours failed on any case."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few layers, short rounds")
+    parser.add_argument("--seconds", type=float, default=200.0, help="start no case after this")
+    parser.add_argument("--checks", type=Path, help="lines 'name<tab>result' to put on record")
+    options = parser.parse_args()
+
+    stop = time.monotonic() + options.seconds
+    each = 0.3 if options.quick else 0.8
+    rates = {}
+    for dtype in _DTYPE_ORDER:
+        gflop, samples = matmul(DEVICE, DTYPES[dtype], 0.5)
+        rates[dtype] = gflop / statistics.median(samples)
+
+    cases = list(matrix_cases(DEVICE, options.quick))
+    fuse = fuse_cases(DEVICE, options.quick)
+    cases += sorted(fuse, key=lambda case: _DTYPE_ORDER.index(case.dtype_name))
+    rows, failed, unmeasured = [], {}, []
+    for case in cases:
+        if time.monotonic() > stop:
+            unmeasured.append(case.group)
+            continue
+        row = _row(case, each)
+        if isinstance(row, str):
+            failed[case.group] = row
+            print(f"{case.group}: FAILED: {row}", flush=True)
+        else:
+            rows.append(row)
+            print(
+                f"{case.group}: {row['ms']:.3f} ms, {row.get('peer')} {row.get('peer_ms')} ms",
+                flush=True,
+            )
+
+    checks = {}
+    if options.checks:
+        lines = options.checks.read_text().splitlines()
+        checks = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    told = [f"{group} ({why})" for group, why in failed.items()]
+    checks["benchmark cases that failed"] = "; ".join(told) or "none"
+    checks["benchmark cases not reached in time"] = ", ".join(unmeasured) or "none"
+    folders = [report.LAST if options.quick else report.RESULTS]
+    if out := os.environ.get("OUT"):
+        folders.append(Path(out))
+    doc = report.document(DEVICE, rows, rates, checks=checks)
+    print(*report.write(doc, machine.stem(DEVICE), *folders), sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""Timing: everyone in a group is warmed up, then measured in alternating rounds.
+
+Alternating matters more than many rounds: a machine that slows down for a while then slows down
+everyone, and the ratios stay true.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+
+import torch
+
+Call = Callable[[], object]
+
+# One sample lasts at least this long, so that neither clock's resolution shows.
+_MIN_SAMPLE_SECONDS = 4e-3
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 40
+# A call longer than this is not disturbed by much, and two rounds of it are long enough.
+_LONG_SECONDS, _LONG_ROUNDS = 1.5, 2
+
+_PAGES_TOUCHED_BYTES = 8_000_000_000
+
+
+def prepare(device: str) -> None:
+    """Puts torch and the machine into the state that every row is measured in.
+
+    On CUDA cuDNN may search for its best algorithm, and float32 means float32.
+    """
+    if device == "cpu":
+        _touch_pages()
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@cache
+def _touch_pages() -> None:
+    """Writes to much of the memory once.
+
+    The host of a virtual machine finds memory for it at the first touch, several times slower
+    than the machine's own kernel hands out pages later. Whoever came first would pay for that.
+    """
+    with suppress(ValueError, OSError, AttributeError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        torch.zeros(int(min(0.6 * free, _PAGES_TOUCHED_BYTES)), dtype=torch.uint8)
+
+
+def _seconds_cpu(call: Call, iterations: int) -> float:
+    start = time.perf_counter()
+    for _ in range(iterations):
+        # a large result is alone in its sample and freed after the clock has stopped: giving its
+        # pages back is not part of making it
+        result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds / iterations
+
+
+def _seconds_cuda(call: Call, iterations: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(iterations):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / iterations
+
+
+def interleaved(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
+    """Measures the calls in alternating rounds.
+
+    Args:
+        calls: What to measure, by name; each has been called once already.
+        device: "cpu" (wall clock) or "cuda" (events on the current stream).
+        seconds: About how long to measure all of them together. Someone whose share of that
+            is used up sits out the later rounds, after three (two if a call takes seconds).
+
+    Returns:
+        Seconds per call, one per round, by name.
+    """
+    clock = _seconds_cuda if device == "cuda" else _seconds_cpu
+    share = seconds / len(calls)
+    samples: dict[str, list[float]] = {}
+    iterations, rounds = {}, {}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for name, call in calls.items():
+            once = clock(call, 1)
+            iterations[name] = max(1, int(_MIN_SAMPLE_SECONDS / once))
+            wanted = int(share / (once * iterations[name]))
+            least = _LONG_ROUNDS if once > _LONG_SECONDS else _MIN_ROUNDS
+            rounds[name] = min(max(wanted, least), _MAX_ROUNDS)
+            # a single long call is as good a sample as any later one
+            samples[name] = [once] if iterations[name] == 1 else []
+        names = list(calls)
+        for turn in range(max(rounds.values())):
+            # a new order each round: nobody always runs in the caches another one left behind
+            at = turn % len(names)
+            for name in names[at:] + names[:at]:
+                if len(samples[name]) < rounds[name]:
+                    samples[name].append(clock(calls[name], iterations[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that moves only when told to.
+
+    pytest-benchmark measures all rounds of one benchmark before the next one. The rounds here
+    have been measured already, in alternation; each is played back as one round.
+    """
+
+    __name__ = "replay"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        """The time, as `time.perf_counter` gives it."""
+        return self._now
+
+    def play(self, seconds: float) -> None:
+        """Lets that much time pass."""
+        self._now += seconds
+
+
+CLOCK = ReplayClock()

@@ -1,0 +1,134 @@
+// The index map of a convolution, and the only place that knows it.
+//
+// Terms
+//   row       c_out * prod(out) + o      a row of the matrix, in the order of torch.flatten
+//   col       c_in  * prod(in)  + i      a column of the matrix, likewise
+//   tap       one kernel element k at one output position: it ties an o to an i, or to padding
+//   coarse    the side that is stepped with `stride`: o of a convolution, i of a transposed one
+//   fine      the other side; a tap reads  fine = coarse * stride + k * dilation - pad_low
+//
+// A convolution maps fine -> coarse, a transposed convolution coarse -> fine; apart from that they
+// share every formula below, which is why one struct serves both.
+//
+// Header only, int64 throughout, no torch, no CUDA API: the same lines run on the host and on a card.
+// make_geometry.h builds a Geometry and guarantees that nothing here can overflow.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LINFUSE_HD __host__ __device__
+#else
+#define LINFUSE_HD
+#endif
+
+namespace linfuse {
+
+// A 1-d or 2-d convolution is a 3-d one with leading axes of size one.
+constexpr int kAxes = 3;
+
+enum class PaddingMode : int { kZeros, kReflect, kReplicate, kCircular };
+
+struct Axis {
+  int64_t in = 1;
+  int64_t kernel = 1;
+  int64_t out = 1;
+  int64_t stride = 1;
+  int64_t pad_low = 0;
+  int64_t pad_high = 0;
+  int64_t dilation = 1;
+};
+
+struct Position {
+  int64_t at[kAxes];
+};
+
+// Where a position of the padded axis reads the unpadded one of `size` elements; -1 is padding.
+// Padding is shorter than `size` for reflect and at most `size` for circular, so that one fold is enough.
+LINFUSE_HD inline int64_t fold(int64_t position, int64_t size, PaddingMode mode) {
+  if (position >= 0 && position < size) return position;
+  switch (mode) {
+    case PaddingMode::kReflect:
+      return position < 0 ? -position : 2 * (size - 1) - position;
+    case PaddingMode::kReplicate:
+      return position < 0 ? 0 : size - 1;
+    case PaddingMode::kCircular:
+      return position < 0 ? position + size : position - size;
+    case PaddingMode::kZeros:
+      break;
+  }
+  return -1;
+}
+
+struct Geometry {
+  Axis axis[kAxes];
+  int64_t in_channels = 1;
+  int64_t out_channels = 1;
+  int64_t groups = 1;
+  bool transposed = false;
+  PaddingMode padding_mode = PaddingMode::kZeros;
+
+  LINFUSE_HD int64_t in_positions() const { return axis[0].in * axis[1].in * axis[2].in; }
+  LINFUSE_HD int64_t out_positions() const { return axis[0].out * axis[1].out * axis[2].out; }
+  LINFUSE_HD int64_t kernel_positions() const {
+    return axis[0].kernel * axis[1].kernel * axis[2].kernel;
+  }
+  LINFUSE_HD int64_t rows() const { return out_channels * out_positions(); }
+  LINFUSE_HD int64_t cols() const { return in_channels * in_positions(); }
+  LINFUSE_HD int64_t in_channels_per_group() const { return in_channels / groups; }
+  LINFUSE_HD int64_t out_channels_per_group() const { return out_channels / groups; }
+  LINFUSE_HD int64_t group_of_out_channel(int64_t c_out) const {
+    return c_out / out_channels_per_group();
+  }
+
+  LINFUSE_HD int64_t coarse_size(int a) const { return transposed ? axis[a].in : axis[a].out; }
+  LINFUSE_HD int64_t fine_size(int a) const { return transposed ? axis[a].out : axis[a].in; }
+
+  // The fine position that kernel element k ties to a coarse one; -1 where it falls on padding.
+  LINFUSE_HD int64_t fine_position(int a, int64_t coarse, int64_t k) const {
+    const int64_t position = coarse * axis[a].stride + k * axis[a].dilation - axis[a].pad_low;
+    return fold(position, fine_size(a), padding_mode);
+  }
+
+  // Start of the kernel elements of one pair of channels; c_in counts within the group of c_out.
+  // Weights are [C_out, C_in / groups, kernel...], transposed ones [C_in, C_out / groups, kernel...].
+  LINFUSE_HD int64_t weight_index(int64_t c_out, int64_t c_in) const {
+    if (!transposed) return (c_out * in_channels_per_group() + c_in) * kernel_positions();
+    const int64_t group = group_of_out_channel(c_out);
+    const int64_t global_c_in = group * in_channels_per_group() + c_in;
+    const int64_t local_c_out = c_out - group * out_channels_per_group();
+    return (global_c_in * out_channels_per_group() + local_c_out) * kernel_positions();
+  }
+
+  // True where several taps of one row may read the same input position, and so must be summed.
+  LINFUSE_HD bool taps_may_collide() const {
+    if (padding_mode == PaddingMode::kZeros) return false;
+    for (int a = 0; a < kAxes; ++a) {
+      if (axis[a].pad_low > 0 || axis[a].pad_high > 0) return true;
+    }
+    return false;
+  }
+};
+
+LINFUSE_HD inline Position unravel(int64_t index, int64_t size1, int64_t size2) {
+  Position position;
+  position.at[2] = index % size2;
+  const int64_t rest = index / size2;
+  position.at[1] = rest % size1;
+  position.at[0] = rest / size1;
+  return position;
+}
+
+LINFUSE_HD inline Position out_position(const Geometry& g, int64_t o) {
+  return unravel(o, g.axis[1].out, g.axis[2].out);
+}
+
+LINFUSE_HD inline Position in_position(const Geometry& g, int64_t i) {
+  return unravel(i, g.axis[1].in, g.axis[2].in);
+}
+
+LINFUSE_HD inline Position kernel_position(const Geometry& g, int64_t k) {
+  return unravel(k, g.axis[1].kernel, g.axis[2].kernel);
+}
+
+}  // namespace linfuse

@@ -1,0 +1,22 @@
+// Which vector instructions the machine has, asked when the program runs: one binary fits every
+// x86-64 and arm64. The environment variable LINFUSE_SIMD (baseline, avx2, avx512) forces a level
+// that the machine has; anything else it says is an error.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace linfuse {
+
+enum class SimdLevel : int { kBaseline, kAvx2, kAvx512 };
+
+// Decided at the first call. Throws std::invalid_argument for a level that is unknown or missing.
+SimdLevel simd_level();
+
+// From the lowest to the highest that this machine can run.
+std::vector<SimdLevel> simd_levels_available();
+
+// "baseline", "avx2", "avx512".
+const char* simd_name(SimdLevel level);
+
+}  // namespace linfuse

@@ -1,0 +1,60 @@
+// The inner loop of fuse_conv_linear: one small matrix product that stays in registers.
+//
+//   tile[n][f] = sum over taps t, channels c of  linear[t][c][f] * weight[t][c][n]
+//
+//   f  a row of the Linear, `width` of them innermost, one vector register after the other
+//   n  an input channel, at most TileSet::most_channels at a time, its weights broadcast
+//   t  a valid tap of one input position;  c  an output channel of the group
+//
+// tile.inl is the one source of it, compiled once per SIMD level and element type.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace linfuse {
+
+template <typename A>
+struct TileTask {
+  const A* linear;              // a packed group of the Linear's weight
+  const int64_t* linear_start;  // [taps] where [c][f] of a tap begins
+  const A* weight;              // packed weights of the n at hand
+  const int64_t* weight_start;  // [taps] where [c][n] of a tap begins
+  int64_t taps;
+  int64_t channels;
+};
+
+template <typename A>
+using Tile = void (*)(const TileTask<A>& task, A* tile);
+
+// The tiles of one level, by (vectors of f, channels n).
+template <typename A>
+struct TileSet {
+  static constexpr int kVectorChoices = 4;  // 1, 2, 4 or 8 vectors of f
+  static constexpr int kMostChannels = 12;
+
+  int lanes;          // of one vector
+  int registers;      // for sums: vectors * channels of a tile never exceed it
+  int most_channels;  // n of the widest tile with two vectors
+  Tile<A> tile[kVectorChoices][kMostChannels + 1];
+};
+
+template <typename A>
+const TileSet<A>& tile_set_baseline();
+template <typename A>
+const TileSet<A>& tile_set_avx2();
+template <typename A>
+const TileSet<A>& tile_set_avx512();
+
+template <typename A>
+const TileSet<A>& tile_set(SimdLevel level) {
+#if defined(__x86_64__)
+  if (level == SimdLevel::kAvx512) return tile_set_avx512<A>();
+  if (level == SimdLevel::kAvx2) return tile_set_avx2<A>();
+#endif
+  (void)level;
+  return tile_set_baseline<A>();
+}
+
+}  // namespace linfuse

@@ -1,0 +1,60 @@
+// Included by tile_<level>_cpu.cpp inside an anonymous namespace, after the level's target pragma:
+// everything here is local to that file, so that no function compiled for a newer machine can be
+// picked by the linker for an older one. The includer defines kVectorBytes and kRegisters.
+
+template <typename A, int kVectors, int kChannels>
+void multiply_tile(const TileTask<A>& task, A* tile) {
+  typedef A Vector __attribute__((vector_size(kVectorBytes)));
+  typedef A Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(A))));
+  constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+  constexpr int kWidth = kVectors * kLanes;
+
+  Vector sums[kChannels][kVectors] = {};
+  for (int64_t t = 0; t < task.taps; ++t) {
+    const A* linear = task.linear + task.linear_start[t];
+    const A* weight = task.weight + task.weight_start[t];
+    for (int64_t c = 0; c < task.channels; ++c, linear += kWidth, weight += kChannels) {
+      Vector rows[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        rows[v] = *reinterpret_cast<const Unaligned*>(linear + v * kLanes);
+      }
+#pragma GCC unroll 12
+      for (int n = 0; n < kChannels; ++n) {
+        const A scale = weight[n];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[n][v] += rows[v] * scale;
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int n = 0; n < kChannels; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      *reinterpret_cast<Unaligned*>(tile + n * kWidth + v * kLanes) = sums[n][v];
+    }
+  }
+}
+
+template <typename A, int kChoice, int kChannels>
+void fill_tile(TileSet<A>& set) {
+  constexpr int kVectors = 1 << kChoice;
+  if constexpr (kVectors * kChannels <= kRegisters) {
+    set.tile[kChoice][kChannels] = &multiply_tile<A, kVectors, kChannels>;
+  }
+  if constexpr (kChannels > 1) {
+    fill_tile<A, kChoice, kChannels - 1>(set);
+  } else if constexpr (kChoice > 0) {
+    fill_tile<A, kChoice - 1, TileSet<A>::kMostChannels>(set);
+  }
+}
+
+template <typename A>
+TileSet<A> make_tile_set() {
+  TileSet<A> set = {};
+  set.lanes = kVectorBytes / static_cast<int>(sizeof(A));
+  set.registers = kRegisters;
+  set.most_channels = kRegisters / 2;
+  fill_tile<A, TileSet<A>::kVectorChoices - 1, TileSet<A>::kMostChannels>(set);
+  return set;
+}

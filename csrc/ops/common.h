@@ -1,0 +1,66 @@
+// What every op does before its kernel: read the arguments, check the tensors, find threads.
+// The only folder that includes torch, and of torch only the stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../geometry/make_geometry.h"
+#include "../kernels/dtype.h"
+#include "../kernels/parallel.h"
+
+#if defined(LINFUSE_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace linfuse {
+
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+
+// The dtype of a tensor that the kernels know; rejects all others.
+DType dtype_of(const char* op, const char* name, const Tensor& tensor);
+
+// Rejects a tensor whose dtype or device is not that of `like`, or whose shape is not `size`.
+void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name,
+                const Tensor& like, const IntList& size);
+
+IntList size_of(const Tensor& tensor);
+
+// [start, stop) of the matrix's rows that are asked for; all of them without `rows`.
+std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
+                                      const Geometry& geometry);
+
+// Fresh, contiguous and uninitialised, with the dtype and device of `like`.
+Tensor empty_like_with_size(const Tensor& like, const IntList& size);
+
+// The data of an optional tensor, null where there is none.
+const void* data_or_null(const std::optional<Tensor>& tensor);
+
+// torch's thread pool, in the kernels' terms.
+ParallelFor torch_parallel_for();
+
+#if defined(LINFUSE_WITH_CUDA)
+// The caller's current stream on the tensor's device, which is current while this lives.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor);
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Turns a launcher's error into an exception that names the op.
+void check_cuda(const char* op, cudaError_t error);
+#endif
+
+}  // namespace linfuse

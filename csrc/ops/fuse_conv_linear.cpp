@@ -1,0 +1,68 @@
+#include "../kernels/fuse_conv_linear.h"
+
+#include <tuple>
+
+#include "common.h"
+
+namespace linfuse {
+namespace {
+
+constexpr char kOp[] = "fuse_conv_linear";
+
+std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Tensor> conv_bias,
+                                            Tensor linear_weight, std::optional<Tensor> linear_bias,
+                                            IntList input_size, IntList stride, IntList padding,
+                                            IntList dilation, int64_t groups, bool transposed,
+                                            IntList output_padding, std::string padding_mode) {
+  FuseConvLinearParams params;
+  params.dtype = dtype_of(kOp, "conv_weight", conv_weight);
+  params.geometry =
+      make_geometry(kOp, {size_of(conv_weight), input_size, stride, padding, dilation, groups,
+                          transposed, output_padding, padding_mode});
+  const Geometry& geometry = params.geometry;
+  if (linear_weight.dim() != 2) {
+    detail::reject(kOp, "`linear_weight` must have 2 dimensions, got shape " +
+                            detail::to_text(size_of(linear_weight)));
+  }
+  params.features = linear_weight.size(0);
+  check_like(kOp, "linear_weight", linear_weight, "conv_weight", conv_weight,
+             {params.features, geometry.rows()});
+  detail::Checked(kOp).multiply(params.features,
+                                detail::Checked(kOp).multiply(geometry.cols(), 8));
+  if (conv_bias.has_value()) {
+    check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
+    conv_bias = torch::stable::contiguous(*conv_bias);
+  }
+  if (linear_bias.has_value()) {
+    check_like(kOp, "linear_bias", *linear_bias, "conv_weight", conv_weight, {params.features});
+    linear_bias = torch::stable::contiguous(*linear_bias);
+  }
+
+  conv_weight = torch::stable::contiguous(conv_weight);
+  linear_weight = torch::stable::contiguous(linear_weight);
+  Tensor weight = empty_like_with_size(conv_weight, {params.features, geometry.cols()});
+  Tensor bias = empty_like_with_size(conv_weight, {params.features});
+  params.conv_weight = conv_weight.const_data_ptr();
+  params.conv_bias = data_or_null(conv_bias);
+  params.linear_weight = linear_weight.const_data_ptr();
+  params.linear_bias = data_or_null(linear_bias);
+  params.weight = weight.mutable_data_ptr();
+  params.bias = bias.mutable_data_ptr();
+  params.threads = static_cast<int>(torch::stable::get_num_threads());
+
+  // Scratch comes from torch, so that running out of memory is torch's own error.
+  std::optional<Tensor> scratch;
+  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) {
+    scratch = torch::stable::new_empty(conv_weight, IntList{bytes}, torch::headeronly::ScalarType::Byte);
+    return scratch->mutable_data_ptr();
+  });
+  return {weight, bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(linfuse, CPU, m) {
+  m.impl("fuse_conv_linear", TORCH_BOX(&fuse_conv_linear));
+}
+
+}  // namespace linfuse

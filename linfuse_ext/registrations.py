@@ -1,0 +1,284 @@
+"""What torch must know of each op besides its kernels: fake kernels, autograd, vmap.
+
+Importing this module registers them. The formulas:
+
+    conv_to_affine is linear in the weight and in the bias. Its adjoint in the weight is the op
+    conv_to_affine_backward, whose own adjoint is conv_to_affine again.
+
+    fuse_conv_linear, fuse_conv_linear_backward_linear and fuse_conv_linear_backward_conv are the three
+    partial derivatives of one trilinear form (torch_engine.py), so that the derivatives of each are the
+    other two: derivatives of every order close on these three ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_engine
+from .geometry import Geometry, make_geometry
+
+_OPS = torch.ops.linfuse
+_GEOMETRY_DEFAULTS = (1, 0, 1, 1)  # stride, padding, dilation, groups
+
+
+def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geometry:
+    """The geometry from an op's arguments, input_size first; `rows` is not part of it."""
+    keywords = {name: value for name, value in keywords.items() if name != "rows"}
+    return make_geometry(op, weight_size, *arguments, **keywords)
+
+
+def _rows(geometry: Geometry, keywords: Any) -> tuple[int, int]:
+    rows = keywords.get("rows")
+    return (0, geometry.rows) if rows is None else (rows[0], rows[1])
+
+
+# Fake kernels -------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("linfuse::conv_to_affine")
+def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> Any:
+    geometry = _geometry("conv_to_affine", weight.shape, arguments, keywords)
+    start, stop = _rows(geometry, keywords)
+    return weight.new_empty(stop - start, geometry.cols), weight.new_empty(stop - start)
+
+
+@torch.library.register_fake("linfuse::conv_to_affine_backward")
+def _(grad_matrix: Tensor, weight_size: Any, *arguments: Any, **keywords: Any) -> Any:
+    return grad_matrix.new_empty(weight_size)
+
+
+@torch.library.register_fake("linfuse::fuse_conv_linear")
+def _(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> Any:
+    geometry = _geometry("fuse_conv_linear", conv_weight.shape, arguments, keywords)
+    features = linear_weight.shape[0]
+    return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
+
+
+@torch.library.register_fake("linfuse::fuse_conv_linear_backward_linear")
+def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    op = "fuse_conv_linear_backward_linear"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    return grad_weight.new_empty(grad_weight.shape[0], geometry.rows)
+
+
+@torch.library.register_fake("linfuse::fuse_conv_linear_backward_conv")
+def _(
+    grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
+) -> Any:
+    return grad_weight.new_empty(weight_size)
+
+
+# Ops by torch's convolution -----------------------------------------------------------------------
+
+
+@torch.library.impl("linfuse::fuse_conv_linear_backward_linear", ("cpu", "cuda"))
+def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    op = "fuse_conv_linear_backward_linear"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    return torch_engine.linear_gradient(conv_weight, grad_weight, geometry).contiguous()
+
+
+@torch.library.impl("linfuse::fuse_conv_linear_backward_conv", ("cpu", "cuda"))
+def _(
+    grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
+) -> Tensor:
+    geometry = _geometry("fuse_conv_linear_backward_conv", weight_size, arguments, keywords)
+    return torch_engine.conv_gradient(
+        linear_weight, grad_weight, weight_size, geometry
+    ).contiguous()
+
+
+def fuse_conv_linear_by_torch(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
+    """fuse_conv_linear on CUDA: the product by cuDNN, the bias by one matrix-vector product."""
+    geometry = _geometry("fuse_conv_linear", conv_weight.shape, arguments, keywords)
+    weight = torch_engine.product(conv_weight, linear_weight, geometry).contiguous()
+    wide = torch.promote_types(conv_weight.dtype, torch.float32)
+    features = linear_weight.shape[0]
+    bias = (
+        torch.zeros(features, dtype=wide, device=conv_weight.device)
+        if linear_bias is None
+        else linear_bias.to(wide)
+    )
+    if conv_bias is not None:
+        sums = linear_weight.view(features, geometry.out_channels, -1).sum(2, dtype=wide)
+        bias = bias + (sums * conv_bias.to(wide)).sum(1)
+    return weight, bias.to(conv_weight.dtype, copy=True)
+
+
+torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
+
+
+# Autograd -----------------------------------------------------------------------------------------
+
+
+def _none_for(arguments: Any) -> tuple[None, ...]:
+    return (None,) * len(arguments)
+
+
+def _save_conv_to_affine(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    weight, bias, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.weight_size = weight.shape
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _conv_to_affine_gradient(ctx: Any, grad_matrix: Tensor | None, grad_offset: Tensor | None) -> Any:
+    grad_weight = grad_bias = None
+    if grad_matrix is not None and ctx.needs_input_grad[0]:
+        grad_weight = _OPS.conv_to_affine_backward(
+            grad_matrix, ctx.weight_size, *ctx.arguments, **ctx.keywords
+        )
+    if grad_offset is not None and ctx.has_bias and ctx.needs_input_grad[1]:
+        geometry = _geometry("conv_to_affine", ctx.weight_size, ctx.arguments, ctx.keywords)
+        start, stop = _rows(geometry, ctx.keywords)
+        all_rows = torch.nn.functional.pad(grad_offset, (start, geometry.rows - stop))
+        grad_bias = all_rows.view(geometry.out_channels, -1).sum(1)
+    return grad_weight, grad_bias, *_none_for(ctx.arguments)
+
+
+def _save_conv_to_affine_backward(
+    ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any
+) -> None:
+    _, _, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+
+
+def _conv_to_affine_backward_gradient(ctx: Any, grad: Tensor) -> Any:
+    matrix, _ = _OPS.conv_to_affine(grad, None, *ctx.arguments, **ctx.keywords)
+    return matrix, None, *_none_for(ctx.arguments)
+
+
+def _save_fuse_conv_linear(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    conv_weight, conv_bias, linear_weight, linear_bias, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.has_linear_bias = linear_bias is not None
+    ctx.save_for_backward(conv_weight, conv_bias, linear_weight)
+    ctx.set_materialize_grads(False)
+
+
+def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor | None) -> Any:
+    conv_weight, conv_bias, linear_weight = ctx.saved_tensors
+    by_conv_weight = by_conv_bias = by_linear_weight = by_linear_bias = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        by_conv_weight = _OPS.fuse_conv_linear_backward_conv(
+            grad, linear_weight, conv_weight.shape, *ctx.arguments, **ctx.keywords
+        )
+    if grad is not None and ctx.needs_input_grad[2]:
+        by_linear_weight = _OPS.fuse_conv_linear_backward_linear(
+            grad, conv_weight, *ctx.arguments, **ctx.keywords
+        )
+    if grad_bias is not None and ctx.has_linear_bias:
+        by_linear_bias = grad_bias
+    if grad_bias is not None and conv_bias is not None:
+        channels = conv_bias.shape[0]
+        if ctx.needs_input_grad[1]:
+            by_conv_bias = (grad_bias @ linear_weight).view(channels, -1).sum(1)
+        if ctx.needs_input_grad[2]:
+            positions = linear_weight.shape[1] // channels
+            by_bias = grad_bias[:, None] * conv_bias.repeat_interleave(
+                positions, output_size=channels * positions
+            )
+            by_linear_weight = by_bias if by_linear_weight is None else by_linear_weight + by_bias
+    return (
+        by_conv_weight,
+        by_conv_bias,
+        by_linear_weight,
+        by_linear_bias,
+        *_none_for(ctx.arguments),
+    )
+
+
+def _save_backward_linear(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    grad_weight, conv_weight, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.save_for_backward(grad_weight, conv_weight)
+
+
+def _backward_linear_gradient(ctx: Any, grad: Tensor) -> Any:
+    grad_weight, conv_weight = ctx.saved_tensors
+    by_grad_weight = by_conv_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad_weight, _ = _OPS.fuse_conv_linear(
+            conv_weight, None, grad, None, *ctx.arguments, **ctx.keywords
+        )
+    if ctx.needs_input_grad[1]:
+        by_conv_weight = _OPS.fuse_conv_linear_backward_conv(
+            grad_weight, grad, conv_weight.shape, *ctx.arguments, **ctx.keywords
+        )
+    return by_grad_weight, by_conv_weight, *_none_for(ctx.arguments)
+
+
+def _save_backward_conv(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    grad_weight, linear_weight, _, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.save_for_backward(grad_weight, linear_weight)
+
+
+def _backward_conv_gradient(ctx: Any, grad: Tensor) -> Any:
+    grad_weight, linear_weight = ctx.saved_tensors
+    by_grad_weight = by_linear_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad_weight, _ = _OPS.fuse_conv_linear(
+            grad, None, linear_weight, None, *ctx.arguments, **ctx.keywords
+        )
+    if ctx.needs_input_grad[1]:
+        by_linear_weight = _OPS.fuse_conv_linear_backward_linear(
+            grad_weight, grad, *ctx.arguments, **ctx.keywords
+        )
+    return by_grad_weight, by_linear_weight, None, *_none_for(ctx.arguments)
+
+
+# vmap ---------------------------------------------------------------------------------------------
+
+
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """Runs the op once for each element of the batch and stacks: geometry is never batched."""
+
+    def batched(info: Any, in_dims: Any, *arguments: Any, **keywords: Any) -> Any:
+        outputs = []
+        for n in range(info.batch_size):
+            chosen = [
+                argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, n)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            ]
+            outputs.append(op(*chosen, **keywords))
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(values) for values in zip(*outputs, strict=True)), (0, 0)
+
+    return batched
+
+
+_AUTOGRAD = {
+    "conv_to_affine": (_conv_to_affine_gradient, _save_conv_to_affine),
+    "conv_to_affine_backward": (
+        _conv_to_affine_backward_gradient,
+        _save_conv_to_affine_backward,
+    ),
+    "fuse_conv_linear": (_fuse_conv_linear_gradient, _save_fuse_conv_linear),
+    "fuse_conv_linear_backward_linear": (_backward_linear_gradient, _save_backward_linear),
+    "fuse_conv_linear_backward_conv": (_backward_conv_gradient, _save_backward_conv),
+}
+
+for _name, (_gradient, _save) in _AUTOGRAD.items():
+    torch.library.register_autograd(f"linfuse::{_name}", _gradient, setup_context=_save)
+    torch.library.register_vmap(f"linfuse::{_name}", _one_by_one(getattr(_OPS, _name)))

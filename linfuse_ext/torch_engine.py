@@ -1,0 +1,194 @@
+r"""The product of a Linear and a convolution's matrix, and its adjoints, by torch's own convolution.
+
+With A(w) the matrix of the convolution with weight w, all three are partial derivatives of one
+trilinear form `phi(w, L, G) = sum_f sum_row sum_col G[f, col] L[f, row] A(w)[row, col]`:
+
+    product          d phi / d G = L @ A(w)        the rows of L taken back through the convolution
+    linear_gradient  d phi / d L = G @ A(w)^T      the rows of G taken forward through it
+    conv_gradient    d phi / d w                   the weight gradient of the convolution
+
+This is the engine of the adjoint ops everywhere, and of the product on CUDA. L is `[F, rows]`,
+G `[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or torch's
+matmul switches allow TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Geometry
+
+_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@contextmanager
+def _matmul_precision(tensor: Tensor) -> Iterator[None]:
+    """Lets cuDNN round float32 to TF32 exactly where the caller lets matrix products do so."""
+    if tensor.is_cuda:
+        allow = torch.get_float32_matmul_precision() != "highest"
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=True,
+            allow_tf32=allow,
+        ):
+            yield
+    else:
+        yield
+
+
+def _pad(images: Tensor, geometry: Geometry) -> Tensor:
+    """The padded input images of a convolution, `[F, C_in, *(in + low + high)]`."""
+    if not any(value for pair in geometry.padding for value in pair):
+        return images
+    flat = [value for pair in reversed(geometry.padding) for value in pair]
+    return F.pad(images, flat, mode=_MODES.get(geometry.padding_mode, "constant"))
+
+
+def _fold_padding(padded: Tensor, geometry: Geometry) -> Tensor:
+    """The adjoint of _pad: what was read as padding is added where it was read from."""
+    mode = geometry.padding_mode
+    axes = enumerate(zip(geometry.input_size, geometry.padding, strict=True), start=2)
+    for axis, (size, (low, high)) in axes:
+        inside = padded.narrow(axis, low, size)
+        if mode == "zeros" or not (low or high):
+            padded = inside
+            continue
+        before, after = padded.narrow(axis, 0, low), padded.narrow(axis, low + size, high)
+        folded = inside.clone()
+        if mode == "circular":
+            folded.narrow(axis, size - low, low).add_(before)
+            folded.narrow(axis, 0, high).add_(after)
+        elif mode == "reflect":
+            folded.narrow(axis, 1, low).add_(before.flip(axis))
+            folded.narrow(axis, size - 1 - high, high).add_(after.flip(axis))
+        else:
+            folded.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
+            folded.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
+        padded = folded
+    return padded
+
+
+def _uncrop(images: Tensor, geometry: Geometry) -> Tensor:
+    """The output images of a transposed convolution before its padding cut them."""
+    flat = [
+        value
+        for (low, high), extra in zip(
+            reversed(geometry.padding), reversed(geometry.output_padding), strict=True
+        )
+        for value in (low, high - extra)
+    ]
+    return F.pad(images, flat) if any(flat) else images
+
+
+def _crop(images: Tensor, geometry: Geometry) -> Tensor:
+    """The adjoint of _uncrop."""
+    flat = [
+        value
+        for (low, high), extra in zip(
+            reversed(geometry.padding), reversed(geometry.output_padding), strict=True
+        )
+        for value in (-low, extra - high)
+    ]
+    return F.pad(images, flat) if any(flat) else images
+
+
+def _convolve(
+    images: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    transposed: bool,
+    output_padding: Sequence[int] | None = None,
+) -> Tensor:
+    axes = len(geometry.stride)
+    zeros = [0] * axes
+    with _matmul_precision(images):
+        return torch.ops.aten.convolution(
+            images,
+            weight,
+            None,
+            geometry.stride,
+            zeros,
+            geometry.dilation,
+            transposed,
+            zeros if output_padding is None else output_padding,
+            geometry.groups,
+        )
+
+
+def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
+    """Returns `linear @ A(weight)`, `[F, cols]`, in the dtype of `linear`."""
+    features = linear.shape[0]
+    images = linear.reshape(features, geometry.out_channels, *geometry.output_size)
+    if features == 0:
+        return linear.new_empty(0, geometry.cols)
+    if geometry.transposed:
+        images = _convolve(_uncrop(images, geometry), weight, geometry, transposed=False)
+        return images.reshape(features, -1)
+    # Folding adds rounded values once more: half types wait until after it.
+    repeats = geometry.padding_mode != "zeros" and linear.dtype in (torch.float16, torch.bfloat16)
+    if repeats:
+        images, weight = images.float(), weight.float()
+    # What the last step of the stride left over at the high end of the padded input.
+    left_over = [
+        (size + low + high - (k - 1) * dilation - 1) % stride
+        for size, (low, high), k, dilation, stride in zip(
+            geometry.input_size,
+            geometry.padding,
+            geometry.kernel_size,
+            geometry.dilation,
+            geometry.stride,
+            strict=True,
+        )
+    ]
+    padded = _convolve(images, weight, geometry, transposed=True, output_padding=left_over)
+    return _fold_padding(padded, geometry).reshape(features, -1).to(linear.dtype)
+
+
+def linear_gradient(weight: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
+    """Returns `grad @ A(weight)^T`, `[F, rows]`."""
+    features = grad.shape[0]
+    if features == 0:
+        return grad.new_empty(0, geometry.rows)
+    images = grad.reshape(features, geometry.in_channels, *geometry.input_size)
+    if geometry.transposed:
+        images = _crop(_convolve(images, weight, geometry, transposed=True), geometry)
+    else:
+        images = _convolve(_pad(images, geometry), weight, geometry, transposed=False)
+    return images.reshape(features, -1)
+
+
+def conv_gradient(
+    linear: Tensor, grad: Tensor, weight_size: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """Returns the gradient of `sum(grad * (linear @ A(weight)))` in the weight, `weight_size`."""
+    features = grad.shape[0]
+    if features == 0:
+        return grad.new_zeros(weight_size)
+    fine = grad.reshape(features, geometry.in_channels, *geometry.input_size)
+    coarse = linear.reshape(features, geometry.out_channels, *geometry.output_size)
+    # A transposed convolution takes grad as its input and the Linear's rows as output gradient.
+    images, outputs = (
+        (fine, _uncrop(coarse, geometry)) if geometry.transposed else (_pad(fine, geometry), coarse)
+    )
+    zeros = [0] * len(geometry.stride)
+    with _matmul_precision(grad):
+        _, result, _ = torch.ops.aten.convolution_backward(
+            outputs,
+            images,
+            grad.new_empty(1).expand(weight_size),  # only its shape is read
+            None,
+            geometry.stride,
+            zeros,
+            geometry.dilation,
+            geometry.transposed,
+            zeros,
+            geometry.groups,
+            [False, True, False],
+        )
+    return result

@@ -1,0 +1,33 @@
+"""Fixtures and tolerances shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A run over 2 cores: torch's own default is one thread a core, which nested workers would double.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

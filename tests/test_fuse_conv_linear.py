@@ -1,0 +1,361 @@
+"""fuse_conv_linear: values, dtypes, derivatives, memory, and that torch's machinery accepts the op."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, FEW, Case
+from tolerance import DTYPES, assert_close
+
+from linfuse_ext import _C, functional, reference
+from linfuse_ext.registrations import fuse_conv_linear_by_torch
+
+FEATURES = 4
+
+
+def names(case: Case) -> str:
+    return case.name
+
+
+def operands(
+    case: Case, dtype: torch.dtype = torch.float64, features: int = FEATURES, device: str = "cpu"
+) -> list[torch.Tensor | None]:
+    bias = case.bias_vector(dtype)
+    made = [
+        case.weight(dtype),
+        bias,
+        case.linear_weight(features, dtype),
+        case.linear_bias(features, dtype),
+    ]
+    return [None if value is None else value.to(device) for value in made]
+
+
+def call(case: Case, *tensors: torch.Tensor | None):
+    return functional.fuse_conv_linear(*tensors, *case.arguments(), **case.keywords())
+
+
+def assert_equals_the_reference(case: Case, tensors, weight, bias) -> None:
+    wide = [None if value is None else value.double().cpu() for value in tensors]
+    exact = reference.fuse_conv_linear(*wide, *case.arguments(), **case.keywords())
+    magnitude = reference.fuse_conv_linear(
+        *(None if value is None else value.abs() for value in wide),
+        *case.arguments(),
+        **case.keywords(),
+    )
+    geometry = case.geometry()
+    terms = min(geometry.rows, geometry.out_channels * wide[0][0, 0].numel() * 4)
+    assert_close(weight, exact[0], magnitude[0], terms)
+    assert_close(bias, exact[1], magnitude[1], geometry.rows + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+    tensors = operands(case, dtype, device=device)
+    weight, bias = call(case, *tensors)
+    assert weight.dtype == bias.dtype == dtype
+    assert weight.is_contiguous() and bias.is_contiguous()
+    assert_equals_the_reference(case, tensors, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_engine_by_torch_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+    """The engine of CUDA runs anywhere; here on the CPU."""
+    tensors = operands(case, dtype)
+    geometry = case.geometry()
+    weight, bias = fuse_conv_linear_by_torch(
+        *tensors, *geometry.op_arguments, **geometry.op_keywords
+    )
+    assert weight.dtype == bias.dtype == dtype
+    assert_equals_the_reference(case, tensors, weight, bias)
+
+
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_computes_what_the_two_layers_compute(case: Case, device: str) -> None:
+    geometry = case.geometry()
+    tensors = operands(case, device=device)
+    weight, bias = call(case, *tensors)
+    x = torch.randn(3, geometry.in_channels, *geometry.input_size, dtype=torch.float64).to(device)
+    y = reference.convolve(x, *tensors[:2], *case.arguments()[1:], **case.keywords())
+    expected = torch.nn.functional.linear(y.flatten(1), *tensors[2:])
+    torch.testing.assert_close(torch.nn.functional.linear(x.flatten(1), weight, bias), expected)
+
+
+@pytest.mark.parametrize("features", [0, 1, 7, 16, 17, 33, 100, 129])
+def test_any_number_of_rows(features: int, device: str) -> None:
+    """Around the widths of a vector register, and none at all."""
+    case = BY_NAME["asymmetric_stride"]
+    for dtype in (torch.float32, torch.float64):
+        tensors = operands(case, dtype, features, device)
+        weight, bias = call(case, *tensors)
+        assert weight.shape == (features, case.geometry().cols) and bias.shape == (features,)
+        assert_equals_the_reference(case, tensors, weight, bias)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25, 37])
+def test_any_number_of_channels(channels: int) -> None:
+    """Every width of the register tile, alone and in combination."""
+    case = Case("channels", "", (3, channels, 2, 3), (3, 7), padding=1)
+    for features in (5, 40, 150):
+        for dtype in (torch.float32, torch.float64):
+            tensors = operands(case, dtype, features)
+            assert_equals_the_reference(case, tensors, *call(case, *tensors))
+
+
+@pytest.mark.parametrize("which", ["neither", "conv", "linear", "both"])
+def test_biases_in_all_combinations(which: str, device: str) -> None:
+    case = BY_NAME["same3x3"]
+    conv_weight, conv_bias, linear_weight, linear_bias = operands(case, device=device)
+    tensors = [
+        conv_weight,
+        conv_bias if which in ("conv", "both") else None,
+        linear_weight,
+        linear_bias if which in ("linear", "both") else None,
+    ]
+    weight, bias = call(case, *tensors)
+    assert_equals_the_reference(case, tensors, weight, bias)
+    assert bias.any() == (which != "neither")
+
+
+def test_takes_operands_of_any_layout(device: str) -> None:
+    case = BY_NAME["grouped_dilated"]
+    tensors = operands(case, device=device)
+    expected = call(case, *tensors)
+    conv_weight = tensors[0].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    linear_weight = tensors[2].T.contiguous().T
+    assert not conv_weight.is_contiguous() and not linear_weight.is_contiguous()
+    actual = call(case, conv_weight, tensors[1], linear_weight, tensors[3])
+    assert all(torch.equal(one, two) for one, two in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", FEW, ids=names)
+def test_bits_do_not_depend_on_the_threads(case: Case) -> None:
+    tensors = operands(case, torch.float32, features=70)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(call(case, *tensors))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_not_a_number_stays_in_its_row(device: str) -> None:
+    case = BY_NAME["same3x3"]
+    tensors = operands(case, device=device)
+    tensors[2][1, 0] = torch.nan
+    weight, bias = call(case, *tensors)
+    poisoned = torch.zeros(FEATURES, dtype=torch.bool, device=device)
+    poisoned[1] = True
+    assert torch.equal(bias.isnan(), poisoned)
+    assert torch.equal(weight.isnan().any(1), poisoned)
+
+
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_derivatives_of_first_and_second_order(case: Case, device: str) -> None:
+    if case.name == "forum":
+        pytest.skip("finite differences on 126 000 operands; `plain3x3` is its small twin")
+    tensors = operands(case, features=2, device=device)
+    used = [value.requires_grad_() for value in tensors if value is not None]
+
+    def run(*values):
+        values = list(values)
+        filled = [None if value is None else values.pop(0) for value in tensors]
+        return call(case, *filled)
+
+    assert torch.autograd.gradcheck(run, used, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, used, fast_mode=True)
+
+
+@pytest.mark.parametrize("op", ["linear", "conv"])
+@pytest.mark.parametrize("case", FEW, ids=names)
+def test_derivatives_of_the_adjoints(case: Case, op: str, device: str) -> None:
+    """They close on each other, so that derivatives exist to every order."""
+    geometry = case.geometry()
+    conv_weight, _, linear_weight, _ = operands(case, features=2, device=device)
+    grad = torch.randn(2, geometry.cols, dtype=torch.float64, device=device)
+    arguments, keywords = geometry.op_arguments, geometry.op_keywords
+
+    def linear(grad, weight):
+        return torch.ops.linfuse.fuse_conv_linear_backward_linear(
+            grad, weight, *arguments, **keywords
+        )
+
+    def conv(grad, linear):
+        return torch.ops.linfuse.fuse_conv_linear_backward_conv(
+            grad, linear, list(case.weight_size), *arguments, **keywords
+        )
+
+    run, other = (linear, conv_weight) if op == "linear" else (conv, linear_weight)
+    values = (grad.requires_grad_(), other.requires_grad_())
+    assert torch.autograd.gradcheck(run, values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_gradients_equal_those_of_the_reference(
+    case: Case, dtype: torch.dtype, device: str
+) -> None:
+    tensors = [t if t is None else t.requires_grad_() for t in operands(case, dtype, device=device)]
+    wide = [
+        None if t is None else t.detach().double().cpu().requires_grad_() for t in tensors
+    ]
+    outputs = call(case, *tensors)
+    exact = reference.fuse_conv_linear(*wide, *case.arguments(), **case.keywords())
+    upstream = [torch.ones_like(value) for value in exact]
+    used = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad(
+        outputs, used, [u.to(device=device, dtype=dtype) for u in upstream]
+    )
+    exact_grads = torch.autograd.grad(exact, [t for t in wide if t is not None], upstream)
+    scale = 1e-10 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
+    for grad, value, like in zip(grads, exact_grads, used, strict=True):
+        assert grad.dtype == dtype and grad.shape == like.shape
+        error = (grad.double().cpu() - value).norm()
+        assert error <= scale * value.norm() + 1e-12
+
+
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_opcheck(case: Case, device: str) -> None:
+    tensors = [
+        t if t is None else t.requires_grad_()
+        for t in operands(case, torch.float32, device=device)
+    ]
+    geometry = case.geometry()
+    torch.library.opcheck(
+        torch.ops.linfuse.fuse_conv_linear.default,
+        (*tensors, *geometry.op_arguments),
+        geometry.op_keywords,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("case", FEW, ids=names)
+def test_opcheck_of_the_adjoints(case: Case, device: str) -> None:
+    geometry = case.geometry()
+    conv_weight, _, linear_weight, _ = operands(case, torch.float32, device=device)
+    grad = torch.randn(FEATURES, geometry.cols, device=device, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.linfuse.fuse_conv_linear_backward_linear.default,
+        (grad, conv_weight.requires_grad_(), *geometry.op_arguments),
+        geometry.op_keywords,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    torch.library.opcheck(
+        torch.ops.linfuse.fuse_conv_linear_backward_conv.default,
+        (grad, linear_weight.requires_grad_(), list(case.weight_size), *geometry.op_arguments),
+        geometry.op_keywords,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("case", FEW, ids=names)
+def test_vmap_runs_one_by_one(case: Case, device: str) -> None:
+    conv_weight, conv_bias, linear_weight, linear_bias = operands(case, device=device)
+    batch = torch.stack([linear_weight, 2 * linear_weight, -linear_weight], 1)
+    weights, biases = torch.func.vmap(
+        lambda linear: call(case, conv_weight, conv_bias, linear, linear_bias), in_dims=1
+    )(batch)
+    for n in range(3):
+        weight, bias = call(case, conv_weight, conv_bias, batch[:, n], linear_bias)
+        assert torch.equal(weights[n], weight) and torch.equal(biases[n], bias)
+
+
+def test_batched_derivatives() -> None:
+    """A vectorised Jacobian of a gradient runs vmap over both adjoints and their derivatives."""
+    case = BY_NAME["conv1d"]
+    conv_weight, conv_bias, linear_weight, linear_bias = operands(case, features=2)
+
+    def gradient(fuse, conv_weight, linear_weight):
+        weight, bias = fuse(
+            conv_weight, conv_bias, linear_weight, linear_bias, *case.arguments(), **case.keywords()
+        )
+        energy = weight.pow(2).sum() + bias.pow(2).sum()
+        return torch.autograd.grad(energy, (conv_weight, linear_weight), create_graph=True)
+
+    def hessian(fuse, vectorize):
+        return torch.autograd.functional.jacobian(
+            lambda *values: gradient(fuse, *values), (conv_weight, linear_weight), vectorize=vectorize
+        )
+
+    torch.testing.assert_close(
+        hessian(functional.fuse_conv_linear, vectorize=True),
+        hessian(reference.fuse_conv_linear, vectorize=False),
+    )
+
+
+MEMORY = """
+import resource, torch
+from linfuse_ext import functional
+
+conv = torch.nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False)
+linear = torch.nn.Linear(64 * 28 * 28, 256).requires_grad_(False)
+functional.fuse_conv_linear(torch.ones(1, 1, 1), None, torch.ones(1, 1), None, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weight, _ = functional.fuse_conv_linear(
+    conv.weight, conv.bias, linear.weight, linear.bias, (28, 28), padding=1
+)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown, weight.numel() * 4, linear.weight.numel() * 4)
+"""
+
+
+def test_memory_stays_far_below_the_matrix() -> None:
+    """The matrix of this layer has 5 GB; the call takes its output and a bounded scratch.
+
+    In a process of its own, because the high-water mark of this one may already be above all that.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    grown, output, inputs = (int(value) for value in result.stdout.split())
+    assert output < grown + (8 << 20), "the mark must have seen the output, or it shows nothing"
+    assert grown <= output + (64 << 20) + (inputs + output) // 10
+
+
+@pytest.mark.parametrize("level", _C.build_info()["simd_available"])
+def test_every_simd_level_equals_the_reference(level: str) -> None:
+    """The level is chosen once a process, so each level gets one."""
+    script = (
+        "import test_fuse_conv_linear as t, torch\n"
+        "from linfuse_ext import _C\n"
+        f"assert _C.build_info()['simd'] == '{level}'\n"
+        "for case in t.CASES:\n"
+        "    for dtype in t.DTYPES:\n"
+        "        tensors = t.operands(case, dtype, features=37)\n"
+        "        t.assert_equals_the_reference(case, tensors, *t.call(case, *tensors))\n"
+        "for channels in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25):\n"
+        "    t.test_any_number_of_channels(channels)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "LINFUSE_SIMD": level},
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+
+
+def test_unknown_simd_level_is_an_error() -> None:
+    script = "import linfuse_ext\nlinfuse_ext._C.build_info()"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "LINFUSE_SIMD": "mmx"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "LINFUSE_SIMD must be one of the levels of this machine" in result.stderr
+    assert "got 'mmx'" in result.stderr
