@@ -62,7 +62,9 @@ def with_cuda() -> bool:
     if missing:
         say(f"CPU only: {missing}.")
         return False
-    toolkit = re.search(r"release (\d+)\.", subprocess.check_output([nvcc(), "--version"], text=True))
+    toolkit = re.search(
+        r"release (\d+)\.", subprocess.check_output([nvcc(), "--version"], text=True)
+    )
     if toolkit and toolkit[1] != torch.version.cuda.split(".")[0]:
         say(f"note: nvcc is CUDA {toolkit[1]}, torch was built with CUDA {torch.version.cuda}.")
     say(f"with CUDA {torch.version.cuda}, by {nvcc()}.")
@@ -109,7 +111,7 @@ def extension():
         ("LINFUSE_VERSION", f'"{version()}"'),
         ("LINFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
-    flags = {"cxx": ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]}
     if cuda:
         sources += sorted(
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("kernels/*_cuda.cu")
@@ -125,7 +127,7 @@ def extension():
     return make(
         "linfuse_ext._C",
         sources,
-        # Not a flag: torch drops its -gencode flags when any flag of nvcc contains the letters "arch".
+        # No flag: torch drops its -gencode flags when any flag of nvcc contains the letters "arch".
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
         extra_compile_args=flags,

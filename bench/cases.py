@@ -194,7 +194,10 @@ _SMALL_MATRICES = ("gist", "forum", "lenet5", "cifar_verify")
 _QUICK = ("gist", "forum", "cifar_verify", "same3x3", "grouped", "patch_embed", "dcgan_up",
           "vgg16_tail")  # fmt: skip
 _QUICK_MATRIX_BYTES = {"cpu": 1.2e9, "cuda": 6e9}
+# Seconds; on a card nothing that takes longer comes near.
 _QUICK_PATIENCE = 1.0
+_CUDA_PATIENCE = 0.5
+_CUDA_FLOAT64_GFLOP = 1000
 
 
 def devices() -> list[str]:
@@ -207,11 +210,14 @@ def fuse_cases(device: str, quick: bool = False) -> Iterator[Case]:
     for name, layer in load_layers().items():
         if (device == "cpu" and layer.tier != "cpu") or (quick and name not in _QUICK):
             continue
-        dtypes = ["float32", "float64"]
+        dtypes = ["float32"]
+        # cuDNN's search among float64 ways for the largest layer would take minutes
+        if device == "cpu" or layer.fuse_flops() < _CUDA_FLOAT64_GFLOP * 1e9:
+            dtypes.append("float64")
         if device == "cuda" or name in _HALF_ON_CPU:
             dtypes.append("bfloat16")
         for dtype in dtypes:
-            yield Case(FUSE, layer, dtype, device, _patience(quick))
+            yield Case(FUSE, layer, dtype, device, _patience(device, quick))
 
 
 def matrix_cases(device: str, quick: bool = False) -> Iterator[Case]:
@@ -222,7 +228,7 @@ def matrix_cases(device: str, quick: bool = False) -> Iterator[Case]:
         if device == "cuda" or tier == "cpu":
             wanted.append((name, dtype))
     found = [
-        Case(MATRIX, layers[name], dtype, device, _patience(quick))
+        Case(MATRIX, layers[name], dtype, device, _patience(device, quick))
         for name, dtype in dict.fromkeys(wanted)
     ]
     found.sort(key=lambda case: case.layer.matrix_bytes(case.dtype))
@@ -230,7 +236,9 @@ def matrix_cases(device: str, quick: bool = False) -> Iterator[Case]:
     return (case for case in found if case.layer.matrix_bytes(case.dtype) <= limit)
 
 
-def _patience(quick: bool) -> float:
+def _patience(device: str, quick: bool) -> float:
+    if device == "cuda":
+        return _CUDA_PATIENCE
     return _QUICK_PATIENCE if quick else costs.MAX_SECONDS
 
 

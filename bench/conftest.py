@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def seconds(request: pytest.FixtureRequest) -> float:
     """About how long one group is measured."""
-    return 1.0 if request.config.getoption("--bench-quick") else 5.0
+    return 1.0 if request.config.getoption("--bench-quick") else 4.0
 
 
 @pytest.fixture

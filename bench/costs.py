@@ -14,7 +14,7 @@ import torch
 
 from bench.layers import Layer
 
-MAX_SECONDS = 4.0
+MAX_SECONDS = 3.0
 MAX_BYTES = {"cpu": 8e9, "cuda": 32e9}
 
 # Round figures of what torch reaches in these ways: they decide what is tried, not what is
@@ -25,7 +25,7 @@ _FLOPS_PER_SECOND = {
     ("cuda", torch.float32): 20e12,
     ("cuda", torch.float64): 20e12,
 }
-_BYTES_PER_SECOND = {"cpu": 1.5e9, "cuda": 500e9}
+_BYTES_PER_SECOND = {"cpu": 2e9, "cuda": 500e9}
 _PYTHON_STEP_SECONDS = {"cpu": 8e-6, "cuda": 30e-6}
 
 

@@ -63,10 +63,8 @@ def main() -> int:
             print(f"{case.group}: FAILED: {row}", flush=True)
         else:
             rows.append(row)
-            print(
-                f"{case.group}: {row['ms']:.3f} ms, {row.get('peer')} {row.get('peer_ms')} ms",
-                flush=True,
-            )
+            peer = f"{row['peer']} {row['peer_ms']:.3f} ms" if "peer" in row else "no peer"
+            print(f"{case.group}: {row['ms']:.3f} ms, {peer}", flush=True)
 
     checks = {}
     if options.checks:

@@ -7,7 +7,7 @@
 # Needs torch with CUDA, nvcc, pytest, ninja, pybind11, rich and matplotlib; no network, no virtual
 # environment. Writes bench/results/<card>.json, .md and .png, also to $OUT where that is set.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 python=${PYTHON:-python3}
 quick=() limit=530 bench_limit=200
@@ -73,7 +73,8 @@ for tool in memcheck racecheck; do
     fi
     # without torch's own cache every tensor is its own allocation, so that each bound is checked
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$(left $((bench_limit + 20)))" \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.sanitize
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+        "$python" -m bench.sanitize "${quick[@]}"
     status=$?
     if grep -q 'Device not supported' "$work/log"; then
         record "$tool" "not run: compute-sanitizer says 'Device not supported' on this machine"
@@ -81,7 +82,7 @@ for tool in memcheck racecheck; do
         record "$tool" "$(grep -E 'SUMMARY' "$work/log" | tail -n 1 | sed 's/^=* *//')"
     else
         failed=1
-        record "$tool" "$(reason $status): $(grep -E '=====|Error' "$work/log" | head -n 3 | tr '\n' ' ')"
+        record "$tool" "$(reason $status): $(grep -E '=====|rror' "$work/log" | head -n 3 | tr '\n' ' ')"
         [[ -n ${OUT:-} ]] && cp "$work/log" "$OUT/$tool.log"
     fi
 done

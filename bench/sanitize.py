@@ -1,13 +1,14 @@
 """Every CUDA kernel on a few small cases, for compute-sanitizer to watch.
 
 The shapes are odd on purpose: sizes that no tile divides, taps on padding, groups, every number
-of axes. Values are checked by the tests; here each result is only read back. A new op goes into
-`_results`.
+of axes. Values are checked by the tests; here each result is only read back. A new op is one more
+function for the loop in `main`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from linfuse_ext import functional
 
+Size = tuple[int, ...]
+Settings = dict[str, Any]
+
 # weight shape, input size, settings
-CASES: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+CASES: list[tuple[Size, Size, Settings]] = [
     ((5, 3, 3, 2), (7, 6), {"stride": (2, 1), "padding": (1, 0)}),
     ((6, 2, 3, 3), (5, 9), {"groups": 2, "padding": 2, "dilation": (1, 2)}),
     ((4, 1, 3, 3), (6, 5), {"groups": 4, "padding": 1, "padding_mode": "replicate"}),
@@ -30,45 +34,49 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DENSE = 11  # rows of the Linear
 
 
-def _gradients(outputs: tuple[Tensor, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def _gradients(outputs: Sequence[Tensor], inputs: list[Tensor]) -> Sequence[Tensor]:
     ones = [torch.ones_like(output) for output in outputs]
     return torch.autograd.grad(outputs, inputs, ones)
 
 
-def _results(
-    shape: tuple[int, ...], size: tuple[int, ...], settings: dict[str, Any], dtype: torch.dtype,
-    device: str,
-) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-    """What each op gives on one case, forward and backward."""
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device=device, dtype=dtype, requires_grad=True)
-
-    transposed = settings.get("transposed", False)
-    conv = [normal(*shape), normal(shape[1] if transposed else shape[0])]
-    affine = functional.conv_to_affine(*conv, size, **settings)
-    yield affine
-    yield _gradients(affine, conv)
-    rows = affine[0].shape[0]
-    block = functional.conv_to_affine(*conv, size, **settings, rows=(rows // 3, rows - 1))
+def _affine(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequence[Tensor]]:
+    """The whole matrix, then a block of its rows."""
+    matrix, offset = functional.conv_to_affine(*conv, size, **settings)
+    yield matrix, offset
+    yield _gradients((matrix, offset), conv)
+    rows = (len(offset) // 3, len(offset) - 1)
+    block = functional.conv_to_affine(*conv, size, **settings, rows=rows)
     yield block
     yield _gradients(block, conv)
-    both = [*conv, normal(_DENSE, rows), normal(_DENSE)]
+
+
+def _fused(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequence[Tensor]]:
+    """The convolution merged into a Linear."""
+    rows = len(functional.conv_to_affine(*conv, size, **settings)[1])
+    both = [*conv, *(_normal(shape, conv[0]) for shape in [(_DENSE, rows), (_DENSE,)])]
     fused = functional.fuse_conv_linear(*both, size, **settings)
     yield fused
     yield _gradients(fused, both)
 
 
-def main(device: str = "cuda") -> None:
-    """Runs them all; an error on the device surfaces as an exception."""
+def _normal(shape: Size, like: Tensor) -> Tensor:
+    return torch.randn(shape, device=like.device, dtype=like.dtype, requires_grad=True)
+
+
+def main(device: str = "cuda", dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """Runs every op on every case; an error on the device surfaces as an exception."""
     torch.manual_seed(0)
-    for shape, size, settings in CASES:
-        for dtype in DTYPES:
-            for tensors in _results(shape, size, settings, dtype, device):
-                for tensor in tensors:
-                    tensor.cpu()
-    print(f"sanitize: {len(CASES) * len(DTYPES)} cases ran")
+    for op in (_affine, _fused):
+        for dtype in dtypes:
+            for shape, size, settings in CASES:
+                like = torch.empty(0, device=device, dtype=dtype)
+                channels = shape[1 if settings.get("transposed") else 0]
+                conv = [_normal(shape, like), _normal((channels,), like)]
+                for tensors in op(conv, size, settings):
+                    for tensor in tensors:
+                        tensor.cpu()
+            print(f"sanitize: {op.__name__.strip('_')} {dtype}: {len(CASES)} cases ran", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(dtypes=DTYPES[:1] if "--quick" in sys.argv else DTYPES)

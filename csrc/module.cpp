@@ -1,5 +1,5 @@
-// linfuse_ext._C: what the binary is, and its geometry for tests. No tensor crosses this module; the
-// ops reach Python through torch.ops.linfuse, which loading the module registers.
+// linfuse_ext._C: what the binary is, and its geometry for tests. No tensor crosses this module;
+// the ops reach Python through torch.ops.linfuse, which loading the module registers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -86,16 +86,18 @@ PYBIND11_MODULE(_C, m) {
       .def("weight_index", &Geometry::weight_index, py::arg("c_out"), py::arg("c_in"))
       .def("fine_position", &Geometry::fine_position, py::arg("axis"), py::arg("coarse"),
            py::arg("k"))
-      .def("taps_by_row",
-           [](const Geometry& g, int axis) {
-             return linfuse::tap_lists(linfuse::taps_by_row(g, axis));
-           },
-           py::arg("axis"))
-      .def("taps_by_column",
-           [](const Geometry& g, int axis) {
-             return linfuse::tap_lists(linfuse::taps_by_column(g, axis));
-           },
-           py::arg("axis"));
+      .def(
+          "taps_by_row",
+          [](const Geometry& g, int axis) {
+            return linfuse::tap_lists(linfuse::taps_by_row(g, axis));
+          },
+          py::arg("axis"))
+      .def(
+          "taps_by_column",
+          [](const Geometry& g, int axis) {
+            return linfuse::tap_lists(linfuse::taps_by_column(g, axis));
+          },
+          py::arg("axis"));
 
   m.def(
       "make_geometry",

@@ -14,7 +14,9 @@ from ._version import __version__
 
 _C = _loader.load()
 
-from . import functional, registrations  # noqa: E402  registrations need the ops that _C defines
+# These need the ops that the compiled module defines.
+from . import functional  # noqa: E402
+from . import registrations as _registrations  # noqa: E402, F401
 from .modules import conv_to_linear, fuse_conv_linear  # noqa: E402
 
 __all__ = ["__version__", "conv_to_linear", "functional", "fuse_conv_linear"]

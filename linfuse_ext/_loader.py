@@ -23,7 +23,9 @@ def load() -> ModuleType:
     Raises:
         ImportError: The binary is missing or does not fit; the message holds a diagnosis.
     """
-    running = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    running = (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
     if _torch_release() < MINIMUM_TORCH:
         raise ImportError(
             f"linfuse_ext needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}; running: {running}. "

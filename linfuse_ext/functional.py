@@ -4,8 +4,8 @@ Index letters, everywhere the same: `o` output position, `i` input position, `k`
 `c_out`, `c_in` channels, `f` a row of the Linear. A *row* of the convolution's matrix is
 `(c_out, o)`, a *column* `(c_in, i)`, both in the order of torch.flatten on a contiguous tensor.
 
-Every function checks all its arguments before any memory is touched: TypeError or ValueError, worded
-"op: `argument` requirement, got value".
+Every function checks all its arguments before any memory is touched: TypeError or ValueError,
+worded "op: `argument` requirement, got value".
 """
 
 from __future__ import annotations
@@ -55,15 +55,13 @@ def _check_vector(op: str, name: str, vector: Tensor | None, like: Tensor, size:
         raise ValueError(f"{op}: `{name}` must have shape ({size},), got {tuple(vector.shape)}")
 
 
-def _check_rows(
-    op: str, rows: Sequence[int] | None, geometry: Geometry
-) -> tuple[int, int] | None:
+def _check_rows(op: str, rows: Sequence[int] | None, geometry: Geometry) -> tuple[int, int] | None:
     if rows is None:
         return None
     if not isinstance(rows, Sequence) or isinstance(rows, str) or len(rows) != 2:
         raise TypeError(f"{op}: `rows` must be a pair (start, stop) or None, got {rows!r}")
     start, stop = (as_int(op, "rows", value) for value in rows)
-    if not (0 <= start and start <= stop and stop <= geometry.rows):
+    if not (start >= 0 and start <= stop and stop <= geometry.rows):
         raise ValueError(
             f"{op}: `rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
             f"got {(start, stop)}"
@@ -88,10 +86,10 @@ def conv_to_affine(
 ) -> tuple[Tensor, Tensor]:
     r"""Writes a convolution as the affine map that it is, `y = A x + b` on flattened tensors.
 
-    `A[(c_out, o), (c_in, i)]` is the sum of `weight[c_out, c_in, k]` over the kernel elements k that
-    tie output position o to input position i: at most one with zero padding, several where padding
-    repeats an input position. The rest of A is zero. This is the matrix of V. Dumoulin and F. Visin,
-    "A guide to convolution arithmetic for deep learning", arXiv:1603.07285, section 4.1.
+    `A[(c_out, o), (c_in, i)]` is the sum of `weight[c_out, c_in, k]` over the kernel elements k
+    that tie output position o to input position i: at most one with zero padding, several where
+    padding repeats an input position. The rest of A is zero. This is the matrix of V. Dumoulin and
+    F. Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285, section 4.1.
 
     Args:
         weight: `[C_out, C_in / groups, *kernel]`, or `[C_in, C_out / groups, *kernel]` if
@@ -168,7 +166,7 @@ def fuse_conv_linear(
     output_padding: Size = 0,
     padding_mode: str = "zeros",
 ) -> tuple[Tensor, Tensor]:
-    r"""Merges a convolution and the Linear behind it: `linear(conv(x).flatten(1))` as one Linear.
+    r"""Merges a convolution and the Linear behind it, `linear(conv(x).flatten(1))`.
 
     The merged weight is `linear_weight @ A` with A the matrix of the convolution, and its bias
     `linear_bias + linear_weight @ b`. A is never built: row f of the product is row f of

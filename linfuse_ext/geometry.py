@@ -107,9 +107,7 @@ def _padding_pairs(
         if padding == "valid":
             return ((0, 0),) * axes
         if padding != "same":
-            raise ValueError(
-                f"{op}: `padding` must be 'same', 'valid' or numbers, got {padding!r}"
-            )
+            raise ValueError(f"{op}: `padding` must be 'same', 'valid' or numbers, got {padding!r}")
         if transposed:
             raise ValueError(f"{op}: `padding` must not be 'same' for a transposed convolution")
         if any(step != 1 for step in stride):

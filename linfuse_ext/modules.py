@@ -1,7 +1,7 @@
 """The operations on layers: torch.nn modules in, torch.nn modules out.
 
-Arguments are never changed. Results keep dtype, device, `training` and `requires_grad`, have no bias
-where none is left, and hold fresh parameters; for gradients through a merge use
+Arguments are never changed. Results keep dtype, device, `training` and `requires_grad`, have no
+bias where none is left, and hold fresh parameters; for gradients through a merge use
 linfuse_ext.functional.
 """
 
@@ -57,6 +57,11 @@ def _conv_keywords(conv: Any) -> dict[str, Any]:
     return keywords
 
 
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, each read once: a parametrised layer computes them at every look."""
+    return layer.weight, layer.bias
+
+
 def _requires_grad(*parameters: Tensor | None) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
@@ -99,7 +104,7 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
     """
     op = "conv_to_linear"
     _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
-    weight, bias = conv.weight, conv.bias
+    weight, bias = _parameters(conv)
     with torch.no_grad():
         matrix, offset = functional.conv_to_affine(weight, bias, input_size, **_conv_keywords(conv))
     return _make_linear(
@@ -120,17 +125,17 @@ def fuse_conv_linear(conv: nn.Module, linear: nn.Module, input_size: Size) -> nn
     Args:
         conv: A Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d or ConvTranspose3d with any
             settings. Subclasses are accepted where they compute the same.
-        linear: The Linear that takes the flattened output of `conv`, of its dtype and on its device.
+        linear: The Linear that takes the flattened output of `conv`; same dtype and device.
         input_size: Spatial size of the convolution's input, in positions: an int or one per axis.
 
     Returns:
-        A Linear from `C_in * prod(input_size)` to `linear.out_features` features, without bias where
-        neither layer has one.
+        A Linear from `C_in * prod(input_size)` to `linear.out_features` features, without bias
+        where neither layer has one.
 
     Raises:
         TypeError: An argument is no such layer, overrides its forward, or has an unsupported dtype.
-        ValueError: `input_size` or the sizes of the layers do not fit, or a layer has hooks or is not
-            initialised.
+        ValueError: `input_size` or the sizes of the layers do not fit, or a layer has hooks or is
+            not initialised.
 
     Example:
         >>> conv, linear = torch.nn.Conv2d(5, 50, 5, stride=2), torch.nn.Linear(1250, 100)
@@ -144,8 +149,8 @@ def fuse_conv_linear(conv: nn.Module, linear: nn.Module, input_size: Size) -> nn
     op = "fuse_conv_linear"
     _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
     _check_module(op, "linear", linear, (nn.Linear,))
-    conv_weight, conv_bias = conv.weight, conv.bias
-    linear_weight, linear_bias = linear.weight, linear.bias
+    conv_weight, conv_bias = _parameters(conv)
+    linear_weight, linear_bias = _parameters(linear)
     with torch.no_grad():
         weight, bias = functional.fuse_conv_linear(
             conv_weight, conv_bias, linear_weight, linear_bias, input_size, **_conv_keywords(conv)

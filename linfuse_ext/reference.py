@@ -46,7 +46,7 @@ def convolve(
     output_padding: Any = 0,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """Returns the convolution of `x` `[N, C_in, *in]` with every setting of the package, by torch."""
+    """Returns the convolution of `x` `[N, C_in, *in]`, with every setting of the package."""
     axes = weight.dim() - 2
     pairs = _pairs(padding, axes, weight.shape[2:], dilation)
     flat = [value for pair in reversed(pairs) for value in pair]
@@ -71,7 +71,8 @@ def conv_to_affine(
 ) -> tuple[Tensor, Tensor]:
     """The matrix and offset of a convolution: its values on the unit images, and on zero.
 
-    Shapes and arguments are those of linfuse_ext.functional.conv_to_affine, `rows` and `layout` aside.
+    Shapes and arguments are those of linfuse_ext.functional.conv_to_affine, but for `rows` and
+    `layout`.
 
     Example:
         >>> conv_to_affine(torch.tensor([[[1.0, 2.0]]]), None, 3)[0]

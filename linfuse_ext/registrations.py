@@ -5,9 +5,9 @@ Importing this module registers them. The formulas:
     conv_to_affine is linear in the weight and in the bias. Its adjoint in the weight is the op
     conv_to_affine_backward, whose own adjoint is conv_to_affine again.
 
-    fuse_conv_linear, fuse_conv_linear_backward_linear and fuse_conv_linear_backward_conv are the three
-    partial derivatives of one trilinear form (torch_engine.py), so that the derivatives of each are the
-    other two: derivatives of every order close on these three ops.
+    fuse_conv_linear, fuse_conv_linear_backward_linear and fuse_conv_linear_backward_conv are the
+    three partial derivatives of one trilinear form (torch_engine.py), so that the derivatives of
+    each are the other two: derivatives of every order close on these three ops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from . import torch_engine
 from .geometry import Geometry, make_geometry
 
 _OPS = torch.ops.linfuse
-_GEOMETRY_DEFAULTS = (1, 0, 1, 1)  # stride, padding, dilation, groups
 
 
 def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geometry:
@@ -34,6 +33,15 @@ def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geome
 def _rows(geometry: Geometry, keywords: Any) -> tuple[int, int]:
     rows = keywords.get("rows")
     return (0, geometry.rows) if rows is None else (rows[0], rows[1])
+
+
+def _check_matrix(op: str, name: str, matrix: Tensor, like: Tensor, cols: int) -> None:
+    """Direct callers of torch.ops meet here what linfuse_ext.functional checks first."""
+    if matrix.dim() != 2 or matrix.shape[1] != cols or matrix.shape[0] != like.shape[0]:
+        rows = "F" if matrix is like else like.shape[0]
+        raise ValueError(
+            f"{op}: `{name}` must have shape ({rows}, {cols}), got {tuple(matrix.shape)}"
+        )
 
 
 # Fake kernels -------------------------------------------------------------------------------------
@@ -86,6 +94,7 @@ def _(
 def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     op = "fuse_conv_linear_backward_linear"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_matrix(op, "grad_weight", grad_weight, grad_weight, geometry.cols)
     return torch_engine.linear_gradient(conv_weight, grad_weight, geometry).contiguous()
 
 
@@ -93,7 +102,10 @@ def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any
 def _(
     grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
 ) -> Tensor:
-    geometry = _geometry("fuse_conv_linear_backward_conv", weight_size, arguments, keywords)
+    op = "fuse_conv_linear_backward_conv"
+    geometry = _geometry(op, weight_size, arguments, keywords)
+    _check_matrix(op, "grad_weight", grad_weight, grad_weight, geometry.cols)
+    _check_matrix(op, "linear_weight", linear_weight, grad_weight, geometry.rows)
     return torch_engine.conv_gradient(
         linear_weight, grad_weight, weight_size, geometry
     ).contiguous()
@@ -109,6 +121,7 @@ def fuse_conv_linear_by_torch(
 ) -> tuple[Tensor, Tensor]:
     """fuse_conv_linear on CUDA: the product by cuDNN, the bias by one matrix-vector product."""
     geometry = _geometry("fuse_conv_linear", conv_weight.shape, arguments, keywords)
+    _check_matrix("fuse_conv_linear", "linear_weight", linear_weight, linear_weight, geometry.rows)
     weight = torch_engine.product(conv_weight, linear_weight, geometry).contiguous()
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     features = linear_weight.shape[0]
@@ -118,7 +131,7 @@ def fuse_conv_linear_by_torch(
         else linear_bias.to(wide)
     )
     if conv_bias is not None:
-        sums = linear_weight.view(features, geometry.out_channels, -1).sum(2, dtype=wide)
+        sums = linear_weight.reshape(features, geometry.out_channels, -1).sum(2, dtype=wide)
         bias = bias + (sums * conv_bias.to(wide)).sum(1)
     return weight, bias.to(conv_weight.dtype, copy=True)
 
@@ -141,7 +154,9 @@ def _save_conv_to_affine(ctx: Any, inputs: Any, keyword_only_inputs: Any, output
     ctx.set_materialize_grads(False)
 
 
-def _conv_to_affine_gradient(ctx: Any, grad_matrix: Tensor | None, grad_offset: Tensor | None) -> Any:
+def _conv_to_affine_gradient(
+    ctx: Any, grad_matrix: Tensor | None, grad_offset: Tensor | None
+) -> Any:
     grad_weight = grad_bias = None
     if grad_matrix is not None and ctx.needs_input_grad[0]:
         grad_weight = _OPS.conv_to_affine_backward(
@@ -257,7 +272,9 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
         outputs = []
         for n in range(info.batch_size):
             chosen = [
-                argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, n)
+                argument
+                if dim is None or not isinstance(argument, Tensor)
+                else argument.select(dim, n)
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
             outputs.append(op(*chosen, **keywords))
@@ -268,7 +285,7 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
     return batched
 
 
-_AUTOGRAD = {
+_AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv_to_affine": (_conv_to_affine_gradient, _save_conv_to_affine),
     "conv_to_affine_backward": (
         _conv_to_affine_backward_gradient,

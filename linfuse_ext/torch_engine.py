@@ -1,4 +1,4 @@
-r"""The product of a Linear and a convolution's matrix, and its adjoints, by torch's own convolution.
+"""The product of a Linear and a convolution's matrix, and its adjoints, by torch's convolution.
 
 With A(w) the matrix of the convolution with weight w, all three are partial derivatives of one
 trilinear form `phi(w, L, G) = sum_f sum_row sum_col G[f, col] L[f, row] A(w)[row, col]`:
@@ -23,8 +23,6 @@ from torch import Tensor
 
 from .geometry import Geometry
 
-_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
 
 @contextmanager
 def _matmul_precision(tensor: Tensor) -> Iterator[None]:
@@ -47,7 +45,8 @@ def _pad(images: Tensor, geometry: Geometry) -> Tensor:
     if not any(value for pair in geometry.padding for value in pair):
         return images
     flat = [value for pair in reversed(geometry.padding) for value in pair]
-    return F.pad(images, flat, mode=_MODES.get(geometry.padding_mode, "constant"))
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return F.pad(images, flat, mode=mode)
 
 
 def _fold_padding(padded: Tensor, geometry: Geometry) -> Tensor:
@@ -74,28 +73,27 @@ def _fold_padding(padded: Tensor, geometry: Geometry) -> Tensor:
     return padded
 
 
-def _uncrop(images: Tensor, geometry: Geometry) -> Tensor:
-    """The output images of a transposed convolution before its padding cut them."""
-    flat = [
+def _cut(geometry: Geometry) -> list[int]:
+    """What a transposed convolution cuts off its full output, in the order of F.pad."""
+    return [
         value
         for (low, high), extra in zip(
             reversed(geometry.padding), reversed(geometry.output_padding), strict=True
         )
         for value in (low, high - extra)
     ]
-    return F.pad(images, flat) if any(flat) else images
+
+
+def _uncrop(images: Tensor, geometry: Geometry) -> Tensor:
+    """The output images of a transposed convolution before its padding cut them."""
+    cut = _cut(geometry)
+    return F.pad(images, cut) if any(cut) else images
 
 
 def _crop(images: Tensor, geometry: Geometry) -> Tensor:
     """The adjoint of _uncrop."""
-    flat = [
-        value
-        for (low, high), extra in zip(
-            reversed(geometry.padding), reversed(geometry.output_padding), strict=True
-        )
-        for value in (-low, extra - high)
-    ]
-    return F.pad(images, flat) if any(flat) else images
+    cut = _cut(geometry)
+    return F.pad(images, [-value for value in cut]) if any(cut) else images
 
 
 def _convolve(
@@ -108,7 +106,7 @@ def _convolve(
     axes = len(geometry.stride)
     zeros = [0] * axes
     with _matmul_precision(images):
-        return torch.ops.aten.convolution(
+        images = torch.ops.aten.convolution(
             images,
             weight,
             None,
@@ -119,6 +117,7 @@ def _convolve(
             zeros if output_padding is None else output_padding,
             geometry.groups,
         )
+    return images
 
 
 def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
@@ -178,7 +177,7 @@ def conv_gradient(
     )
     zeros = [0] * len(geometry.stride)
     with _matmul_precision(grad):
-        _, result, _ = torch.ops.aten.convolution_backward(
+        gradients = torch.ops.aten.convolution_backward(
             outputs,
             images,
             grad.new_empty(1).expand(weight_size),  # only its shape is read
@@ -191,4 +190,5 @@ def conv_gradient(
             geometry.groups,
             [False, True, False],
         )
-    return result
+    by_weight: Tensor = gradients[1]
+    return by_weight

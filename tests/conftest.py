@@ -29,5 +29,5 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A run over 2 cores: torch's own default is one thread a core, which nested workers would double.
+    # Inductor's worker processes would fight the tests for the cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and AOTInductor take every op, with static and with symbolic sizes."""
+"""torch.compile, torch.export and AOTInductor take every op, static sizes and symbolic."""
 
 from __future__ import annotations
 

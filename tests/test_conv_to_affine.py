@@ -1,4 +1,4 @@
-"""conv_to_affine: values, dtypes, rows, derivatives, and that torch's machinery accepts the op."""
+"""conv_to_affine: values, dtypes, rows, derivatives, and torch's own checks of the op."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ def names(case: Case) -> str:
 
 
 def call(case: Case, weight: torch.Tensor, bias: torch.Tensor | None, **keywords):
-    return functional.conv_to_affine(
-        weight, bias, *case.arguments(), **case.keywords(), **keywords
-    )
+    return functional.conv_to_affine(weight, bias, *case.arguments(), **case.keywords(), **keywords)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
     weight, bias = case.weight(dtype), case.bias_vector(dtype)
-    matrix, offset = call(
-        case, weight.to(device), None if bias is None else bias.to(device)
-    )
+    matrix, offset = call(case, weight.to(device), None if bias is None else bias.to(device))
     assert matrix.dtype == dtype and matrix.is_contiguous() and offset.is_contiguous()
     wide = weight.double(), None if bias is None else bias.double()
     exact, exact_offset = reference.conv_to_affine(*wide, *case.arguments(), **case.keywords())
@@ -59,7 +55,12 @@ def test_rows_are_a_block_of_the_whole(case: Case, device: str) -> None:
     weight, bias = case.weight(device=device), case.bias_vector(device=device)
     matrix, offset = call(case, weight, bias)
     rows = matrix.shape[0]
-    for start, stop in {(0, rows), (rows // 3, rows - rows // 4), (rows // 2, rows // 2), (rows - 1, rows)}:
+    for start, stop in {
+        (0, rows),
+        (rows // 3, rows - rows // 4),
+        (rows // 2, rows // 2),
+        (rows - 1, rows),
+    }:
         block, part = call(case, weight, bias, rows=(start, stop))
         assert torch.equal(block, matrix[start:stop])
         assert torch.equal(part, offset[start:stop])
@@ -75,7 +76,9 @@ def test_takes_operands_of_any_layout(device: str) -> None:
     for actual, same in zip(call(case, strided, spread), expected, strict=True):
         assert torch.equal(actual, same)
     expanded = weight[:1].expand_as(weight)
-    for actual, same in zip(call(case, expanded, bias), call(case, expanded.clone(), bias), strict=True):
+    for actual, same in zip(
+        call(case, expanded, bias), call(case, expanded.clone(), bias), strict=True
+    ):
         assert torch.equal(actual, same)
 
 
@@ -201,9 +204,7 @@ def test_opcheck_of_the_backward(case: Case, device: str) -> None:
 def test_vmap_runs_one_by_one(case: Case, device: str) -> None:
     weights = torch.stack([case.weight(device=device) * n for n in (1, 2, 3)], 1)
     bias = case.bias_vector(device=device)
-    matrices, offsets = torch.func.vmap(
-        lambda weight: call(case, weight, bias), in_dims=1
-    )(weights)
+    matrices, offsets = torch.func.vmap(lambda weight: call(case, weight, bias), in_dims=1)(weights)
     for n in range(3):
         matrix, offset = call(case, weights[:, n], bias)
         assert torch.equal(matrices[n], matrix) and torch.equal(offsets[n], offset)

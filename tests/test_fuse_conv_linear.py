@@ -1,4 +1,4 @@
-"""fuse_conv_linear: values, dtypes, derivatives, memory, and that torch's machinery accepts the op."""
+"""fuse_conv_linear: values, dtypes, derivatives, memory, and torch's own checks of the op."""
 
 from __future__ import annotations
 
@@ -207,16 +207,12 @@ def test_gradients_equal_those_of_the_reference(
     case: Case, dtype: torch.dtype, device: str
 ) -> None:
     tensors = [t if t is None else t.requires_grad_() for t in operands(case, dtype, device=device)]
-    wide = [
-        None if t is None else t.detach().double().cpu().requires_grad_() for t in tensors
-    ]
+    wide = [None if t is None else t.detach().double().cpu().requires_grad_() for t in tensors]
     outputs = call(case, *tensors)
     exact = reference.fuse_conv_linear(*wide, *case.arguments(), **case.keywords())
     upstream = [torch.ones_like(value) for value in exact]
     used = [t for t in tensors if t is not None]
-    grads = torch.autograd.grad(
-        outputs, used, [u.to(device=device, dtype=dtype) for u in upstream]
-    )
+    grads = torch.autograd.grad(outputs, used, [u.to(device=device, dtype=dtype) for u in upstream])
     exact_grads = torch.autograd.grad(exact, [t for t in wide if t is not None], upstream)
     scale = 1e-10 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
     for grad, value, like in zip(grads, exact_grads, used, strict=True):
@@ -228,8 +224,7 @@ def test_gradients_equal_those_of_the_reference(
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_opcheck(case: Case, device: str) -> None:
     tensors = [
-        t if t is None else t.requires_grad_()
-        for t in operands(case, torch.float32, device=device)
+        t if t is None else t.requires_grad_() for t in operands(case, torch.float32, device=device)
     ]
     geometry = case.geometry()
     torch.library.opcheck(
@@ -288,7 +283,9 @@ def test_batched_derivatives() -> None:
 
     def hessian(fuse, vectorize):
         return torch.autograd.functional.jacobian(
-            lambda *values: gradient(fuse, *values), (conv_weight, linear_weight), vectorize=vectorize
+            lambda *values: gradient(fuse, *values),
+            (conv_weight, linear_weight),
+            vectorize=vectorize,
         )
 
     torch.testing.assert_close(

@@ -1,9 +1,9 @@
 // The taps of one axis, listed once per call so that no kernel loop divides or tests for padding.
 //
-// Seen from a row, taps_by_row(g, a) lists for every o the input positions i that it reads; seen from
-// a column, taps_by_column(g, a) lists for every i the output positions o that read it. Taps that
-// meet in one pair (o, i), as circular, reflect and replicate padding make them, form one group.
-// The taps of a convolution are the Cartesian product of the taps of its axes.
+// Seen from a row, taps_by_row(g, a) lists for every o the input positions i that it reads; seen
+// from a column, taps_by_column(g, a) lists for every i the output positions o that read it. Taps
+// that meet in one pair (o, i), as circular, reflect and replicate padding make them, form one
+// group. The taps of a convolution are the Cartesian product of the taps of its axes.
 #pragma once
 
 #include <algorithm>

@@ -10,8 +10,8 @@
 // A convolution maps fine -> coarse, a transposed convolution coarse -> fine; apart from that they
 // share every formula below, which is why one struct serves both.
 //
-// Header only, int64 throughout, no torch, no CUDA API: the same lines run on the host and on a card.
-// make_geometry.h builds a Geometry and guarantees that nothing here can overflow.
+// Header only, int64 throughout, no torch, no CUDA API: the same lines run on the host and on a
+// card. make_geometry.h builds a Geometry and guarantees that nothing here can overflow.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,8 @@ struct Position {
 };
 
 // Where a position of the padded axis reads the unpadded one of `size` elements; -1 is padding.
-// Padding is shorter than `size` for reflect and at most `size` for circular, so that one fold is enough.
+// Padding is shorter than `size` for reflect and at most `size` for circular, so that one fold is
+// enough.
 LINFUSE_HD inline int64_t fold(int64_t position, int64_t size, PaddingMode mode) {
   if (position >= 0 && position < size) return position;
   switch (mode) {
@@ -91,7 +92,8 @@ struct Geometry {
   }
 
   // Start of the kernel elements of one pair of channels; c_in counts within the group of c_out.
-  // Weights are [C_out, C_in / groups, kernel...], transposed ones [C_in, C_out / groups, kernel...].
+  // Weights are [C_out, C_in / groups, kernel...], transposed ones [C_in, C_out / groups,
+  // kernel...].
   LINFUSE_HD int64_t weight_index(int64_t c_out, int64_t c_in) const {
     if (!transposed) return (c_out * in_channels_per_group() + c_in) * kernel_positions();
     const int64_t group = group_of_out_channel(c_out);

@@ -78,8 +78,8 @@ inline std::vector<int64_t> per_axis(const std::string& op, const char* name,
   }
   for (int64_t value : values) {
     if (value < least) {
-      reject(op, std::string("`") + name + "` must be " + (least > 0 ? "positive" : "non-negative") +
-                     ", got " + to_text(values));
+      reject(op, std::string("`") + name + "` must be " +
+                     (least > 0 ? "positive" : "non-negative") + ", got " + to_text(values));
     }
   }
   return values.size() == axes ? values : std::vector<int64_t>(axes, values[0]);
@@ -168,7 +168,8 @@ inline Geometry make_geometry(const std::string& op, const ConvArguments& argume
         reject(op, "`output_padding` must be 0 unless the convolution is transposed, got " +
                        to_text(output_padding));
       }
-      if ((mode == PaddingMode::kReflect && (axis.pad_low >= axis.in || axis.pad_high >= axis.in)) ||
+      if ((mode == PaddingMode::kReflect &&
+           (axis.pad_low >= axis.in || axis.pad_high >= axis.in)) ||
           (mode == PaddingMode::kCircular && (axis.pad_low > axis.in || axis.pad_high > axis.in))) {
         reject(op, "`padding` must be " +
                        std::string(mode == PaddingMode::kReflect ? "smaller than" : "at most") +

@@ -1,5 +1,5 @@
-// The adjoint of conv_to_affine in the weight: each kernel element gathers the matrix elements it was
-// written to. Only elements that are taps are read.
+// The adjoint of conv_to_affine in the weight: each kernel element gathers the matrix elements it
+// was written to. Only elements that are taps are read.
 #pragma once
 
 #include <cstdint>

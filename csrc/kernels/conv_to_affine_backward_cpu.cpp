@@ -1,7 +1,9 @@
-// grad_weight[c_out, c_in, k] = sum over the positions q that k ties, grad_matrix[(c_out, o), (c_in, i)]
+// grad_weight[c_out, c_in, k] = sum over the positions q that k ties, grad_matrix[(c_out, o),
+// (c_in, i)]
 //
-// A thread owns pairs (c_out, c_in) and their prod(kernel) sums, so nothing is shared and the result
-// is the same for every number of threads. Each sum runs over q, the coarse position (geometry.h).
+// A thread owns pairs (c_out, c_in) and their prod(kernel) sums, so nothing is shared and the
+// result is the same for every number of threads. Each sum runs over q, the coarse position
+// (geometry.h).
 #include "conv_to_affine_backward.h"
 
 namespace linfuse {
@@ -46,17 +48,15 @@ void run(const ConvToAffineBackwardParams& params, const ParallelFor& parallel_f
   const int64_t in_channels = g.in_channels_per_group();
   const int64_t kernel_positions = g.kernel_positions();
 
-  parallel_for(g.out_channels * in_channels, grain_for(kernel_positions * g.out_positions()),
-               [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t c_out = pair / in_channels;
-      const int64_t c_in = pair % in_channels;
-      const int64_t global_c_in = g.group_of_out_channel(c_out) * in_channels + c_in;
-      T* sums = grad_weight + g.weight_index(c_out, c_in);
-      for (int64_t k = 0; k < kernel_positions; ++k) {
-        sums[k] = static_cast<T>(
-            gather(params, grad_matrix, c_out, global_c_in, kernel_position(g, k)));
-      }
+  const int64_t pairs = g.out_channels * in_channels;
+  for_each(parallel_for, pairs, kernel_positions * g.out_positions(), [&](int64_t pair) {
+    const int64_t c_out = pair / in_channels;
+    const int64_t c_in = pair % in_channels;
+    const int64_t global_c_in = g.group_of_out_channel(c_out) * in_channels + c_in;
+    T* sums = grad_weight + g.weight_index(c_out, c_in);
+    for (int64_t k = 0; k < kernel_positions; ++k) {
+      sums[k] =
+          static_cast<T>(gather(params, grad_matrix, c_out, global_c_in, kernel_position(g, k)));
     }
   });
 }

@@ -1,14 +1,13 @@
 // matrix[row, col] = sum over the taps k that tie (o, i) of weight[c_out, c_in, k]
 //
-// A thread owns whole rows. It clears one plane [prod(in)] of a row, writes that plane's taps while the
-// lines are still in its first-level cache, and goes on: memory sees each element once, in order.
-// All index arithmetic comes from three small tables (axis_taps.h), one per axis; the innermost loop
-// copies kernel elements to ascending positions.
-#include "conv_to_affine.h"
-
+// A thread owns whole rows. It clears one plane [prod(in)] of a row, writes that plane's taps while
+// the lines are still in its first-level cache, and goes on: memory sees each element once, in
+// order. All index arithmetic comes from three small tables (axis_taps.h), one per axis; the
+// innermost loop copies kernel elements to ascending positions.
 #include <cstring>
 
 #include "../geometry/axis_taps.h"
+#include "conv_to_affine.h"
 #include "memory.h"
 
 namespace linfuse {
@@ -43,10 +42,10 @@ struct RowWriter {
     for (const TapGroup* group0 = taps0.begin(o.at[0]); group0 != taps0.end(o.at[0]); ++group0) {
       for (const TapGroup* group1 = taps1.begin(o.at[1]); group1 != taps1.end(o.at[1]); ++group1) {
         T* line = plane + (group0->position * g.axis[1].in + group1->position) * g.axis[2].in;
-        const T* kernel_line = kernel + (taps0.kernel[static_cast<size_t>(group0->first)] *
-                                             g.axis[1].kernel +
-                                         taps1.kernel[static_cast<size_t>(group1->first)]) *
-                                            g.axis[2].kernel;
+        const T* kernel_line =
+            kernel + (taps0.kernel[static_cast<size_t>(group0->first)] * g.axis[1].kernel +
+                      taps1.kernel[static_cast<size_t>(group1->first)]) *
+                         g.axis[2].kernel;
         const bool outer_single =
             group0->last - group0->first == 1 && group1->last - group1->first == 1;
         for (const TapGroup* group2 = taps2.begin(o.at[2]); group2 != taps2.end(o.at[2]);
@@ -93,12 +92,10 @@ void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
   const int64_t out_positions = g.out_positions();
 
   advise_huge_pages(matrix, rows * cols * static_cast<int64_t>(sizeof(T)));
-  parallel_for(rows, grain_for(cols), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t row = params.row_start + n;
-      writer.write_row(matrix + n * cols, row);
-      offset[n] = bias != nullptr ? bias[row / out_positions] : T(0.0f);
-    }
+  for_each(parallel_for, rows, cols, [&](int64_t n) {
+    const int64_t row = params.row_start + n;
+    writer.write_row(matrix + n * cols, row);
+    offset[n] = bias != nullptr ? bias[row / out_positions] : T(0.0f);
   });
 }
 

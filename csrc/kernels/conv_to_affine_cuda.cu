@@ -1,7 +1,8 @@
 // matrix[row, col] = sum over the taps k that tie (o, i) of weight[c_out, c_in, k]
 //
 // Terms
-//   segment  kSegmentBytes consecutive bytes of the matrix, seen as one flat array; part of a row, or
+//   segment  kSegmentBytes consecutive bytes of the matrix, seen as one flat array; part of a row,
+//   or
 //            several rows where rows are short
 //   pane     the part of one row that lies in a segment
 //
@@ -13,7 +14,8 @@
 // kernel element on every axis owns it and adds the others in a fixed order: no atomics.
 //
 // Shared memory: 16 KB a block, so that eight blocks of 256 threads fill a multiprocessor.
-// Not handled here: empty problems and sizes beyond int64; make_geometry and the launcher see to them.
+// Not handled here: empty problems and sizes beyond int64; make_geometry and the launcher see to
+// them.
 #include "conv_to_affine.h"
 
 namespace linfuse {
@@ -178,8 +180,7 @@ cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_conv_to_affine_cuda(const ConvToAffineParams& params, cudaStream_t stream) {
-  return dispatch(params.dtype,
-                  [&](auto zero) { return launch<decltype(zero)>(params, stream); });
+  return dispatch(params.dtype, [&](auto zero) { return launch<decltype(zero)>(params, stream); });
 }
 
 }  // namespace linfuse

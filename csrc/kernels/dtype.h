@@ -1,7 +1,7 @@
 // Element types of the kernels, on the host and on a card, without torch.
 //
-// Half types are storage only: a kernel widens to Accumulate<T>, computes there, and rounds once, to
-// nearest with ties to even.
+// Half types are storage only: a kernel widens to Accumulate<T>, computes there, and rounds once,
+// to nearest with ties to even.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,8 @@ struct Float16 {
     } else if (magnitude >= 0x477ff000) {
       narrow = 0x7c00;  // 65520 and above round to infinity
     } else if (magnitude < 0x38800000) {
-      // Below 2^-14 halves are multiples of 2^-24: adding 0.5 aligns the bits and lets the FPU round.
+      // Below 2^-14 halves are multiples of 2^-24: adding 0.5 aligns the bits and lets the FPU
+      // round.
       narrow = detail::bits_of(detail::float_of(magnitude) + 0.5f) - detail::bits_of(0.5f);
     } else {
       narrow = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (uint32_t{112} << 23)) >> 13;

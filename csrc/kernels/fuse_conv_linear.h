@@ -2,7 +2,8 @@
 //
 //   fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
 //                         linear[f, (c_out, o)] * weight[c_out, c_in, k]
-//   fused_bias[f]       = linear_bias[f] + sum over c_out of bias[c_out] * sum over o of linear[f, (c_out, o)]
+//   fused_bias[f]       = linear_bias[f] + sum over c_out of bias[c_out] * sum over o of linear[f,
+//   (c_out, o)]
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct FuseConvLinearParams {
   int threads = 1;                      // how many the scratch memory is made for
 };
 
-// Scratch memory from the caller, once per call: aligned to 64 bytes, alive until the launcher returns.
+// Scratch memory from the caller, once per call: aligned to 64 bytes, alive until the launcher
+// returns.
 using Allocate = std::function<void*(int64_t bytes)>;
 
 void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,

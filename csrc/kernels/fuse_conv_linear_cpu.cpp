@@ -7,12 +7,12 @@
 //   segment  kSegment consecutive input positions i
 //   unit     one segment and some blocks: what a thread takes at a time
 //
-// For every panel: pack it (and sum it for the bias), then fill [segment, block] pieces of the result.
-// Each input position needs one small product over exactly its valid taps times c_out (tile.h), so
-// neither padding nor the holes of a stride are ever multiplied. The panel is read with unit stride
-// and shared by all blocks; the pieces are turned in cache so that memory sees runs of kSegment
-// elements. Every element of the result is computed whole by one thread, in a fixed order: the bits do
-// not depend on the number of threads.
+// For every panel: pack it (and sum it for the bias), then fill [segment, block] pieces of the
+// result. Each input position needs one small product over exactly its valid taps times c_out
+// (tile.h), so neither padding nor the holes of a stride are ever multiplied. The panel is read
+// with unit stride and shared by all blocks; the pieces are turned in cache so that memory sees
+// runs of kSegment elements. Every element of the result is computed whole by one thread, in a
+// fixed order: the bits do not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -131,7 +131,8 @@ class Product {
 
   void run() {
     advise_huge_pages(fused_, params_.features * g_.cols() * static_cast<int64_t>(sizeof(T)));
-    pack_weight();
+    for_each(parallel_for_, g_.out_channels, plan_.in_channels * plan_.kernel_positions,
+             [&](int64_t c_out) { pack_weight(c_out); });
     int64_t first = 0;
     while (first < params_.features) {
       const int64_t left = params_.features - first;
@@ -139,7 +140,8 @@ class Product {
       while (choice > 0 && (int64_t{plan_.lanes} << choice) > left) --choice;
       const Panel panel = {first, std::min(left, int64_t{plan_.lanes} << choice),
                            int64_t{plan_.lanes} << choice, choice};
-      pack_panel(panel);
+      for_each(parallel_for_, g_.out_channels, plan_.out_positions * panel.width,
+               [&](int64_t c_out) { pack_panel(panel, c_out); });
       write_bias(panel);
       multiply(panel);
       first += panel.count;
@@ -154,62 +156,52 @@ class Product {
     int choice;
   };
 
-  void pack_weight() {
+  void pack_weight(int64_t c_out) const {
     const T* weight = static_cast<const T*>(params_.conv_weight);
     const int64_t tap_size = plan_.in_channels * plan_.out_channels;
-    parallel_for_(g_.out_channels, grain_for(plan_.in_channels * plan_.kernel_positions),
-                  [&](int64_t begin, int64_t end) {
-      for (int64_t c_out = begin; c_out < end; ++c_out) {
-        const int64_t group = g_.group_of_out_channel(c_out);
-        const int64_t c = c_out - group * plan_.out_channels;
-        for (int64_t block = 0; block < plan_.blocks; ++block) {
-          const int64_t start = plan_.block_start(block);
-          const int64_t size = plan_.block_size(block);
-          A* packed = memory_.weight + group * plan_.kernel_positions * tap_size +
-                      start * plan_.out_channels + c * size;
-          for (int64_t n = 0; n < size; ++n) {
-            const T* kernel = weight + g_.weight_index(c_out, start + n);
-            for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
-              packed[k * tap_size + n] = static_cast<A>(kernel[k]);
-            }
-          }
+    const int64_t group = g_.group_of_out_channel(c_out);
+    const int64_t c = c_out - group * plan_.out_channels;
+    for (int64_t block = 0; block < plan_.blocks; ++block) {
+      const int64_t start = plan_.block_start(block);
+      const int64_t size = plan_.block_size(block);
+      A* packed = memory_.weight + group * plan_.kernel_positions * tap_size +
+                  start * plan_.out_channels + c * size;
+      for (int64_t n = 0; n < size; ++n) {
+        const T* kernel = weight + g_.weight_index(c_out, start + n);
+        for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
+          packed[k * tap_size + n] = static_cast<A>(kernel[k]);
         }
       }
-    });
+    }
   }
 
-  void pack_panel(const Panel& panel) {
+  // One output channel of a panel, and its sums over the output positions.
+  void pack_panel(const Panel& panel, int64_t c_out) const {
     const int64_t stride = plan_.out_channels * panel.width;
-    parallel_for_(g_.out_channels, grain_for(plan_.out_positions * panel.width),
-                  [&](int64_t begin, int64_t end) {
-      for (int64_t c_out = begin; c_out < end; ++c_out) {
-        const int64_t group = g_.group_of_out_channel(c_out);
-        A* packed = memory_.panel + group * plan_.out_positions * stride +
-                    (c_out - group * plan_.out_channels) * panel.width;
-        A* sums = memory_.bias_sums + c_out * panel.width;
-        std::fill(sums, sums + panel.width, A(0));
-        // A few positions at a time keep the lines that are being filled in the first-level cache.
-        for (int64_t o = 0; o < plan_.out_positions; o += kSegment) {
-          const int64_t some = std::min(kSegment, plan_.out_positions - o);
-          for (int64_t f = 0; f < panel.width; ++f) {
-            A* to = packed + o * stride + f;
-            if (f >= panel.count) {
-              for (int64_t n = 0; n < some; ++n) to[n * stride] = A(0);
-              continue;
-            }
-            const T* from = linear_ + (panel.first + f) * g_.rows() +
-                            c_out * plan_.out_positions + o;
-            A sum = sums[f];
-            for (int64_t n = 0; n < some; ++n) {
-              const A value = static_cast<A>(from[n]);
-              to[n * stride] = value;
-              sum += value;
-            }
-            sums[f] = sum;
-          }
+    const int64_t group = g_.group_of_out_channel(c_out);
+    A* packed = memory_.panel + group * plan_.out_positions * stride +
+                (c_out - group * plan_.out_channels) * panel.width;
+    A* sums = memory_.bias_sums + c_out * panel.width;
+    std::fill(sums, sums + panel.width, A(0));
+    // A few positions at a time keep the lines that are being filled in the first-level cache.
+    for (int64_t o = 0; o < plan_.out_positions; o += kSegment) {
+      const int64_t some = std::min(kSegment, plan_.out_positions - o);
+      for (int64_t f = 0; f < panel.width; ++f) {
+        A* to = packed + o * stride + f;
+        if (f >= panel.count) {
+          for (int64_t n = 0; n < some; ++n) to[n * stride] = A(0);
+          continue;
         }
+        const T* from = linear_ + (panel.first + f) * g_.rows() + c_out * plan_.out_positions + o;
+        A sum = sums[f];
+        for (int64_t n = 0; n < some; ++n) {
+          const A value = static_cast<A>(from[n]);
+          to[n * stride] = value;
+          sum += value;
+        }
+        sums[f] = sum;
       }
-    });
+    }
   }
 
   void write_bias(const Panel& panel) {
@@ -229,13 +221,12 @@ class Product {
 
   void multiply(const Panel& panel) {
     const int64_t blocks = g_.groups * plan_.blocks;
-    const int64_t splits = std::min(
-        blocks, divide_up(kUnitsPerThread * params_.threads, plan_.segments));
+    const int64_t splits =
+        std::min(blocks, divide_up(kUnitsPerThread * params_.threads, plan_.segments));
     const int64_t units = plan_.segments * splits;
     const int64_t work = kSegment * most_taps_ * plan_.out_channels * panel.width *
                          divide_up(blocks, splits) * divide_up(plan_.in_channels, plan_.blocks);
-    const int64_t workers =
-        std::min<int64_t>(params_.threads, divide_up(units, grain_for(work)));
+    const int64_t workers = std::min<int64_t>(params_.threads, divide_up(units, grain_for(work)));
     std::atomic<int64_t> next{0};
     parallel_for_(workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
@@ -258,9 +249,9 @@ class Product {
     const int64_t positions = std::min(kSegment, plan_.positions - first_position);
     int64_t first_tap[kSegment + 1] = {0};
     for (int64_t s = 0; s < positions; ++s) {
-      first_tap[s + 1] = first_tap[s] + list_taps(first_position + s, panel,
-                                                  linear_start + first_tap[s],
-                                                  weight_start + first_tap[s]);
+      first_tap[s + 1] =
+          first_tap[s] + list_taps(first_position + s, panel, linear_start + first_tap[s],
+                                   weight_start + first_tap[s]);
     }
 
     const int64_t tap_size = plan_.in_channels * plan_.out_channels;
@@ -348,9 +339,8 @@ class Product {
 void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate) {
   if (params.features == 0) return;
-  dispatch(params.dtype, [&](auto zero) {
-    Product<decltype(zero)>(params, parallel_for, allocate).run();
-  });
+  dispatch(params.dtype,
+           [&](auto zero) { Product<decltype(zero)>(params, parallel_for, allocate).run(); });
 }
 
 }  // namespace linfuse

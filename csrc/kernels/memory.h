@@ -18,7 +18,8 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   if (bytes < kWorthAsking) return;
   const auto start = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (start + kHugePage - 1) & ~static_cast<uintptr_t>(kHugePage - 1);
-  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) & ~static_cast<uintptr_t>(kHugePage - 1);
+  const uintptr_t last =
+      (start + static_cast<uintptr_t>(bytes)) & ~static_cast<uintptr_t>(kHugePage - 1);
   if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)data;

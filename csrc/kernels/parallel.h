@@ -17,4 +17,13 @@ inline int64_t grain_for(int64_t work_per_item) {
   return work_per_item >= kWorth ? 1 : kWorth / (work_per_item > 0 ? work_per_item : 1);
 }
 
+// Calls visit(n) for every n of [0, count), on as many threads as that much work deserves.
+template <typename Visitor>
+void for_each(const ParallelFor& parallel_for, int64_t count, int64_t work_per_item,
+              const Visitor& visit) {
+  parallel_for(count, grain_for(work_per_item), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) visit(n);
+  });
+}
+
 }  // namespace linfuse

@@ -1,7 +1,7 @@
-#include "simd.h"
-
 #include <cstdlib>
 #include <stdexcept>
+
+#include "simd.h"
 
 namespace linfuse {
 namespace {

@@ -29,8 +29,7 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
   if (tensor.scalar_type() != like.scalar_type()) {
     reject(op, std::string("`") + name + "` must have the dtype of `" + like_name + "`");
   }
-  if (tensor.is_cuda() != like.is_cuda() ||
-      tensor.get_device_index() != like.get_device_index()) {
+  if (tensor.is_cuda() != like.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
     reject(op, std::string("`") + name + "` must be on the device of `" + like_name + "`");
   }
   if (size_of(tensor) != size) {
@@ -56,8 +55,15 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
   return {(*rows)[0], (*rows)[1]};
 }
 
-Tensor empty_like_with_size(const Tensor& like, const IntList& size) {
-  return torch::stable::new_empty(like, size);
+Tensor allocate(const char* op, const Tensor& like, const IntList& size,
+                std::optional<torch::headeronly::ScalarType> dtype) {
+  try {
+    return torch::stable::new_empty(like, size, dtype);
+  } catch (const std::exception&) {
+    // The stable ABI of 2.11 loses the allocator's own words.
+    throw std::runtime_error(std::string(op) + ": out of memory, could not allocate a tensor of " +
+                             to_text(size) + " elements");
+  }
 }
 
 const void* data_or_null(const std::optional<Tensor>& tensor) {

@@ -38,8 +38,10 @@ IntList size_of(const Tensor& tensor);
 std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
                                       const Geometry& geometry);
 
-// Fresh, contiguous and uninitialised, with the dtype and device of `like`.
-Tensor empty_like_with_size(const Tensor& like, const IntList& size);
+// Fresh, contiguous and uninitialised, on the device of `like` and of its dtype unless one is
+// given.
+Tensor allocate(const char* op, const Tensor& like, const IntList& size,
+                std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 
 // The data of an optional tensor, null where there is none.
 const void* data_or_null(const std::optional<Tensor>& tensor);

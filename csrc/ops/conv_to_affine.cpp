@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> conv_to_affine(Tensor weight, std::optional<Tensor> b
 
   weight = torch::stable::contiguous(weight);
   const int64_t row_count = params.row_stop - params.row_start;
-  Tensor matrix = empty_like_with_size(weight, {row_count, params.geometry.cols()});
-  Tensor offset = empty_like_with_size(weight, {row_count});
+  Tensor matrix = allocate(kOp, weight, {row_count, params.geometry.cols()});
+  Tensor offset = allocate(kOp, weight, {row_count});
   params.weight = weight.const_data_ptr();
   params.bias = data_or_null(bias);
   params.matrix = matrix.mutable_data_ptr();

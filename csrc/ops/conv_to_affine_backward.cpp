@@ -9,10 +9,10 @@ namespace {
 
 constexpr char kOp[] = "conv_to_affine_backward";
 
-Tensor conv_to_affine_backward(
-    Tensor grad_matrix, IntList weight_size, IntList input_size, IntList stride,
-    IntList padding, IntList dilation, int64_t groups, bool transposed, IntList output_padding,
-    std::string padding_mode, std::optional<IntList> rows) {
+Tensor conv_to_affine_backward(Tensor grad_matrix, IntList weight_size, IntList input_size,
+                               IntList stride, IntList padding, IntList dilation, int64_t groups,
+                               bool transposed, IntList output_padding, std::string padding_mode,
+                               std::optional<IntList> rows) {
   ConvToAffineBackwardParams params;
   params.dtype = dtype_of(kOp, "grad_matrix", grad_matrix);
   params.geometry = make_geometry(kOp, {weight_size, input_size, stride, padding, dilation, groups,
@@ -23,7 +23,7 @@ Tensor conv_to_affine_backward(
              {row_count, params.geometry.cols()});
 
   grad_matrix = torch::stable::contiguous(grad_matrix);
-  Tensor grad_weight = empty_like_with_size(grad_matrix, weight_size);
+  Tensor grad_weight = allocate(kOp, grad_matrix, weight_size);
   params.grad_matrix = grad_matrix.const_data_ptr();
   params.grad_weight = grad_weight.mutable_data_ptr();
 #if defined(LINFUSE_WITH_CUDA)

@@ -16,9 +16,8 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
                                             IntList output_padding, std::string padding_mode) {
   FuseConvLinearParams params;
   params.dtype = dtype_of(kOp, "conv_weight", conv_weight);
-  params.geometry =
-      make_geometry(kOp, {size_of(conv_weight), input_size, stride, padding, dilation, groups,
-                          transposed, output_padding, padding_mode});
+  params.geometry = make_geometry(kOp, {size_of(conv_weight), input_size, stride, padding, dilation,
+                                        groups, transposed, output_padding, padding_mode});
   const Geometry& geometry = params.geometry;
   if (linear_weight.dim() != 2) {
     detail::reject(kOp, "`linear_weight` must have 2 dimensions, got shape " +
@@ -27,8 +26,7 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.features = linear_weight.size(0);
   check_like(kOp, "linear_weight", linear_weight, "conv_weight", conv_weight,
              {params.features, geometry.rows()});
-  detail::Checked(kOp).multiply(params.features,
-                                detail::Checked(kOp).multiply(geometry.cols(), 8));
+  detail::Checked(kOp).multiply(params.features, detail::Checked(kOp).multiply(geometry.cols(), 8));
   if (conv_bias.has_value()) {
     check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
     conv_bias = torch::stable::contiguous(*conv_bias);
@@ -40,8 +38,8 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
 
   conv_weight = torch::stable::contiguous(conv_weight);
   linear_weight = torch::stable::contiguous(linear_weight);
-  Tensor weight = empty_like_with_size(conv_weight, {params.features, geometry.cols()});
-  Tensor bias = empty_like_with_size(conv_weight, {params.features});
+  Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
+  Tensor bias = allocate(kOp, conv_weight, {params.features});
   params.conv_weight = conv_weight.const_data_ptr();
   params.conv_bias = data_or_null(conv_bias);
   params.linear_weight = linear_weight.const_data_ptr();
@@ -53,7 +51,7 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   // Scratch comes from torch, so that running out of memory is torch's own error.
   std::optional<Tensor> scratch;
   launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) {
-    scratch = torch::stable::new_empty(conv_weight, IntList{bytes}, torch::headeronly::ScalarType::Byte);
+    scratch = allocate(kOp, conv_weight, {bytes}, torch::headeronly::ScalarType::Byte);
     return scratch->mutable_data_ptr();
   });
   return {weight, bias};

@@ -1,25 +1,28 @@
 // The table of contents: every op of torch.ops.linfuse and its schema.
 //
 // `padding` holds one value per axis, or a (low, high) pair per axis, first axis first. `rows` is
-// (start, stop). Lists of one element stand for that value on every axis. Each op is implemented in the
-// file of its name, except those that linfuse_ext/torch_engine.py implements by torch's convolution.
+// (start, stop). Lists of one element stand for that value on every axis. Each op is implemented in
+// the file of its name, except those that linfuse_ext/torch_engine.py implements by torch's
+// convolution.
 #include <torch/csrc/stable/library.h>
 
-#define LINFUSE_GEOMETRY                                                                       \
-  "SymInt[] input_size, SymInt[1] stride=1, SymInt[1] padding=0, SymInt[1] dilation=1, "       \
-  "SymInt groups=1, *, bool transposed=False, SymInt[1] output_padding=0, "                    \
+#define LINFUSE_GEOMETRY                                                                 \
+  "SymInt[] input_size, SymInt[1] stride=1, SymInt[1] padding=0, SymInt[1] dilation=1, " \
+  "SymInt groups=1, *, bool transposed=False, SymInt[1] output_padding=0, "              \
   "str padding_mode=\"zeros\""
 
 STABLE_TORCH_LIBRARY(linfuse, m) {
   m.def("conv_to_affine(Tensor weight, Tensor? bias, " LINFUSE_GEOMETRY
         ", SymInt[]? rows=None) -> (Tensor matrix, Tensor offset)");
-  m.def("conv_to_affine_backward(Tensor grad_matrix, SymInt[] weight_size, "
-        LINFUSE_GEOMETRY ", SymInt[]? rows=None) -> Tensor grad_weight");
+  m.def("conv_to_affine_backward(Tensor grad_matrix, SymInt[] weight_size, " LINFUSE_GEOMETRY
+        ", SymInt[]? rows=None) -> Tensor grad_weight");
 
-  m.def("fuse_conv_linear(Tensor conv_weight, Tensor? conv_bias, Tensor linear_weight, "
-        "Tensor? linear_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
-  m.def("fuse_conv_linear_backward_linear(Tensor grad_weight, Tensor conv_weight, "
-        LINFUSE_GEOMETRY ") -> Tensor grad_linear_weight");
-  m.def("fuse_conv_linear_backward_conv(Tensor grad_weight, Tensor linear_weight, "
-        "SymInt[] weight_size, " LINFUSE_GEOMETRY ") -> Tensor grad_conv_weight");
+  m.def(
+      "fuse_conv_linear(Tensor conv_weight, Tensor? conv_bias, Tensor linear_weight, "
+      "Tensor? linear_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
+  m.def("fuse_conv_linear_backward_linear(Tensor grad_weight, Tensor conv_weight, " LINFUSE_GEOMETRY
+        ") -> Tensor grad_linear_weight");
+  m.def(
+      "fuse_conv_linear_backward_conv(Tensor grad_weight, Tensor linear_weight, "
+      "SymInt[] weight_size, " LINFUSE_GEOMETRY ") -> Tensor grad_conv_weight");
 }

@@ -1,0 +1,60 @@
+# One virtual environment, .venv, made at the first call; quick when nothing changed.
+#
+#   make demo     the main job on real digits: table and pictures
+#   make test     build and run the tests
+#   make bench    the benchmarks, with their table
+#   make lint     ruff, mypy, clang-format
+#   make cuda-compile   every CUDA source through nvcc, where there is one
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f -name '*.*')
+
+.PHONY: demo test bench lint format cuda-compile build clean
+.DEFAULT_GOAL := test
+
+build: $(VENV)/built
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Versions are pinned; pip is called again only when they or the packaging change.
+$(VENV)/installed: requirements/dev.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	@touch $@
+
+# The first build installs the package in place; later ones only compile what changed.
+$(VENV)/built: $(VENV)/installed setup.py linfuse_ext/_version.py $(SOURCES)
+	@if [ ! -e $(VENV)/built ]; then \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; fi
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: build
+	$(BIN)/python examples/digits.py
+
+test: build
+	$(BIN)/python -m pytest -q -m "not cuda" tests
+
+bench: build
+	$(BIN)/python -m bench
+
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh %.inl,$(SOURCES)) $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+cuda-compile: $(VENV)/installed
+	$(BIN)/python csrc/cuda_compile.py
+
+clean:
+	rm -rf build dist *.egg-info linfuse_ext/*.so $(VENV)

@@ -1,0 +1,171 @@
+// The launchers in plain C, for ctypes. kernels.py mirrors these declarations.
+//
+// Every function returns null, or what went wrong. Inputs and outputs are copied to and from buffers
+// that are exactly to size, so that AddressSanitizer knows their ends.
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "conv_to_affine.h"
+#include "conv_to_affine_backward.h"
+#include "dtype.h"
+#include "../geometry/make_geometry.h"
+#include "planted/planted.h"
+#include "shim/grid.h"
+
+using cuda_on_cpu::DeviceBuffer;
+
+extern "C" struct Problem {
+  int64_t axes;
+  const int64_t* weight_size;  // [axes + 2]
+  const int64_t* input_size;
+  const int64_t* stride;
+  const int64_t* padding;  // [2 * axes], (low, high) pairs
+  const int64_t* dilation;
+  int64_t groups;
+  int64_t transposed;
+  const int64_t* output_padding;
+  const char* padding_mode;
+  int64_t row_start;
+  int64_t row_stop;
+  int64_t dtype;  // as enum DType counts
+};
+
+namespace {
+
+linfuse::Geometry geometry_of(const Problem& problem) {
+  const auto list = [&](const int64_t* values, int64_t count) {
+    return std::vector<int64_t>(values, values + count);
+  };
+  const int64_t axes = problem.axes;
+  return linfuse::make_geometry(
+      "cuda_on_cpu",
+      {list(problem.weight_size, axes + 2), list(problem.input_size, axes),
+       list(problem.stride, axes), list(problem.padding, 2 * axes), list(problem.dilation, axes),
+       problem.groups, problem.transposed != 0, list(problem.output_padding, axes),
+       problem.padding_mode});
+}
+
+size_t product(const int64_t* values, int64_t count) {
+  int64_t result = 1;
+  for (int64_t n = 0; n < count; ++n) result *= values[n];
+  return static_cast<size_t>(result);
+}
+
+const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted = {
+    {"out_of_bounds", launch_out_of_bounds},
+    {"out_of_bounds_shared", launch_out_of_bounds_shared},
+    {"missing_barrier", launch_missing_barrier},
+    {"divergent_barrier", launch_divergent_barrier},
+    {"no_fault", launch_no_fault},
+};
+
+// The launcher's error as text, which stays until the next call.
+const char* text_of(const std::function<cudaError_t()>& run) {
+  static std::string text;
+  try {
+    const cudaError_t error = run();
+    if (error == cudaSuccess) return nullptr;
+    text = cudaGetErrorString(error);
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  return text.c_str();
+}
+
+}  // namespace
+
+extern "C" {
+
+void set_schedule(int order, uint64_t seed, unsigned most_blocks, int without_barrier) {
+  cuda_on_cpu::set_schedule(
+      {static_cast<cuda_on_cpu::Order>(order), seed, most_blocks, without_barrier});
+}
+
+// weight as the problem says, bias [C_out] or null  ->  matrix [rows, cols], offset [rows]
+const char* conv_to_affine(const Problem* problem, const void* weight, const void* bias,
+                           void* matrix, void* offset) {
+  return text_of([&] {
+    linfuse::ConvToAffineParams params;
+    params.geometry = geometry_of(*problem);
+    params.row_start = problem->row_start;
+    params.row_stop = problem->row_stop;
+    params.dtype = static_cast<linfuse::DType>(problem->dtype);
+
+    const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
+    const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
+    const auto cols = static_cast<size_t>(params.geometry.cols());
+    const auto channels = static_cast<size_t>(params.geometry.out_channels);
+    DeviceBuffer weight_buffer(
+        "weight", bytes * product(problem->weight_size, problem->axes + 2), weight);
+    DeviceBuffer bias_buffer("bias", bytes * channels, bias);
+    DeviceBuffer matrix_buffer("matrix", bytes * rows * cols);
+    DeviceBuffer offset_buffer("offset", bytes * rows);
+    params.weight = weight_buffer.data();
+    params.bias = bias == nullptr ? nullptr : bias_buffer.data();
+    params.matrix = matrix_buffer.data();
+    params.offset = offset_buffer.data();
+    const cudaError_t error = linfuse::launch_conv_to_affine_cuda(params, nullptr);
+    matrix_buffer.copy_to(matrix);
+    offset_buffer.copy_to(offset);
+    return error;
+  });
+}
+
+// grad_matrix [rows, cols]  ->  grad_weight as the problem says
+const char* conv_to_affine_backward(const Problem* problem, const void* grad_matrix,
+                                    void* grad_weight) {
+  return text_of([&] {
+    linfuse::ConvToAffineBackwardParams params;
+    params.geometry = geometry_of(*problem);
+    params.row_start = problem->row_start;
+    params.row_stop = problem->row_stop;
+    params.dtype = static_cast<linfuse::DType>(problem->dtype);
+
+    const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
+    const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
+    const auto cols = static_cast<size_t>(params.geometry.cols());
+    DeviceBuffer matrix_buffer("grad_matrix", bytes * rows * cols, grad_matrix);
+    DeviceBuffer weight_buffer("grad_weight",
+                               bytes * product(problem->weight_size, problem->axes + 2));
+    params.grad_matrix = matrix_buffer.data();
+    params.grad_weight = weight_buffer.data();
+    const cudaError_t error = linfuse::launch_conv_to_affine_backward_cuda(params, nullptr);
+    weight_buffer.copy_to(grad_weight);
+    return error;
+  });
+}
+
+// One of the faulty kernels on `count` floats: in [count]  ->  out [count]
+const char* planted(const char* name, int64_t count, const float* in, float* out) {
+  return text_of([&] {
+    DeviceBuffer in_buffer("in", sizeof(float) * static_cast<size_t>(count), in);
+    DeviceBuffer out_buffer("out", sizeof(float) * static_cast<size_t>(count));
+    const cudaError_t error =
+        kPlanted.at(name)(static_cast<const float*>(in_buffer.data()),
+                          static_cast<float*>(out_buffer.data()), static_cast<int>(count));
+    out_buffer.copy_to(out);
+    return error;
+  });
+}
+
+void widen(int dtype, const uint16_t* narrow, float* wide, int64_t count) {
+  const bool is_half = static_cast<linfuse::DType>(dtype) == linfuse::DType::kFloat16;
+  for (int64_t n = 0; n < count; ++n) {
+    linfuse::Float16 half;
+    linfuse::BFloat16 bfloat;
+    half.bits = bfloat.bits = narrow[n];
+    wide[n] = is_half ? static_cast<float>(half) : static_cast<float>(bfloat);
+  }
+}
+
+void narrow(int dtype, const float* wide, uint16_t* narrow, int64_t count) {
+  const bool is_half = static_cast<linfuse::DType>(dtype) == linfuse::DType::kFloat16;
+  for (int64_t n = 0; n < count; ++n) {
+    narrow[n] = is_half ? linfuse::Float16(wide[n]).bits : linfuse::BFloat16(wide[n]).bits;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,72 @@
+// The CUDA C++ dialect as plain C++. What no header can express, prepare.py rewrites:
+//
+//   kernel<<<grid, block, shared, stream>>>(args)  ->  cuda_on_cpu::launch("kernel", kernel, ..., args)
+//   __shared__ float sums[128];                    ->  auto& sums = cuda_on_cpu::shared<...>("sums");
+//
+// __CUDACC__ stays undefined: that macro promises a CUDA compiler, and this is none.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "cuda_runtime_api.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern uint3 threadIdx;
+extern uint3 blockIdx;
+extern dim3 blockDim;
+extern dim3 gridDim;
+
+// The call's own line tells barriers apart: threads that wait at different ones have diverged.
+void __syncthreads(int line = __builtin_LINE());
+
+namespace cuda_on_cpu {
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+
+  LaunchConfig(dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr);
+};
+
+// Runs `thread` once per thread of the grid.
+void run_grid(const char* kernel, const LaunchConfig& config, const std::function<void()>& thread);
+
+template <typename T>
+struct Same {
+  using type = T;
+};
+
+// Parameters are deduced from the kernel alone, so that arguments convert to them as in CUDA.
+template <typename... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,
+            typename Same<Parameters>::type... arguments) {
+  run_grid(name, config, [&] { kernel(arguments...); });
+}
+
+// The running block's memory for one variable, made and poisoned when its first thread asks.
+void* shared_memory(const void* key, const char* name, size_t bytes, size_t alignment);
+
+template <typename T, int kDeclaration>
+T& shared(const char* name, size_t alignment = alignof(T)) {
+  static char key;  // its address stands for the declaration
+  return *static_cast<T*>(shared_memory(&key, name, sizeof(T), alignment));
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,18 @@
+// The part of the CUDA runtime that launchers and their callers see, for a machine without CUDA.
+#pragma once
+
+#include <cstddef>
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+};
+
+using cudaStream_t = struct CUstream_st*;  // launches run at once, in the order they are made
+
+// Returns the first error since the last call, and forgets it.
+cudaError_t cudaGetLastError();
+
+// For cudaErrorLaunchFailure it says what happened: a race, a barrier that not all threads reach.
+const char* cudaGetErrorString(cudaError_t error);

@@ -1,0 +1,420 @@
+"""The CUDA kernels' logic without a card: the same .cu files, run by cuda_on_cpu/ on the CPU.
+
+Weights and gradients are small whole numbers, so that every sum is exact in the type it is made in
+and rounds once at the end: results must equal the reference to the last bit, in every dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import BY_NAME, CASES, Case
+from cuda_on_cpu.build import COMPILER, build, kernel_sources
+from cuda_on_cpu.kernels import STORAGE, KernelError, Kernels, Problem, Schedule
+from cuda_on_cpu.prepare import prepare
+from cuda_on_cpu.sanitized import Call, find_sanitizer, run_sanitized
+from torch import Tensor
+
+from linfuse_ext import reference
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(COMPILER) is None, reason=f"there is no {COMPILER} to compile the kernels with"
+)
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
+
+# More for the segments of 16 KB that conv_to_affine works in.
+SEGMENTS = [
+    Case(
+        "odd_rows",
+        "rows that are no multiple of 16 bytes, over several segments",
+        (5, 3, 3, 3),
+        (11, 9),
+        padding=1,
+    ),
+    Case("whole_segments", "rows end where segments end", (8, 1, 1, 1), (32, 32), stride=8),
+    Case(
+        "long_rows",
+        "a row spans several segments, in every dtype",
+        (2, 4, 3, 3),
+        (65, 66),
+        stride=32,
+    ),
+    Case(
+        "long_rows_repeated",
+        "the same, with taps that meet",
+        (2, 4, 3, 3),
+        (65, 66),
+        stride=32,
+        padding=1,
+        padding_mode="replicate",
+    ),
+    Case(
+        "long_rows_transposed",
+        "the same, transposed",
+        (41, 1, 2, 2),
+        (20, 21),
+        padding=9,
+        transposed=True,
+    ),
+]
+
+FORWARD = Schedule()
+SCHEDULES = [
+    FORWARD,
+    Schedule("reverse", most_blocks=2),
+    Schedule("shuffle", seed=1, most_blocks=1),
+    Schedule("shuffle", seed=2),
+]
+
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+def whole_numbers(size: tuple[int, ...], seed: int, most: int = 100) -> Tensor:
+    """Returns numbers that bfloat16 holds exactly, none of them 0, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    sign = torch.randint(0, 2, size, generator=generator) * 2 - 1
+    return (torch.randint(1, most + 1, size, generator=generator) * sign).double()
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype in HALVES else tensor).numpy()
+
+
+def to_torch(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if dtype in HALVES else tensor
+
+
+@functools.cache
+def expected(case: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns weight, bias, matrix and offset."""
+    geometry = case.geometry()
+    weight = whole_numbers(case.weight_size, seed=1)
+    bias = whole_numbers((geometry.out_channels,), seed=2) if case.bias else None
+    if geometry.cols < 2000:
+        affine = reference.conv_to_affine(weight, bias, *case.arguments(), **case.keywords())
+        return weight, bias, *affine
+    # Long rows are few: each is what one output position passes back to the image.
+    x = torch.zeros(1, geometry.in_channels, *geometry.input_size, dtype=weight.dtype)
+    x.requires_grad_()
+    y = reference.convolve(x, weight, bias, *case.arguments()[1:], **case.keywords()).flatten()
+    rows = [torch.autograd.grad(value, x, retain_graph=True)[0].flatten() for value in y]
+    return weight, bias, torch.stack(rows), y.detach()
+
+
+@functools.cache
+def expected_backward(case: Case, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns grad_matrix, NaN wherever there is no tap, and grad_weight."""
+    weight = torch.ones(case.weight_size, dtype=torch.float64, requires_grad=True)
+    matrix, _ = reference.conv_to_affine(weight, None, *case.arguments(), **case.keywords())
+    matrix = matrix[slice(*rows)]
+    no_tap = matrix.detach() == 0
+    grad_matrix = whole_numbers(tuple(matrix.shape), seed=3).masked_fill(no_tap, 0)
+    (grad_weight,) = torch.autograd.grad(matrix, weight, grad_matrix)
+    return grad_matrix.masked_fill(no_tap, torch.nan), grad_weight
+
+
+def problem_of(case: Case, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Problem:
+    geometry = case.geometry()
+    return Problem(
+        case.weight_size,
+        *map(
+            lambda value: value if isinstance(value, int) else tuple(value), geometry.op_arguments
+        ),
+        **geometry.op_keywords,
+        rows=(0, geometry.rows) if rows is None else rows,
+        cols=geometry.cols,
+        dtype=name_of(dtype),
+    )
+
+
+def some_rows(case: Case) -> tuple[int, int]:
+    """A block that starts and stops within a channel."""
+    rows = case.geometry().rows
+    return (rows + 2) // 3, rows - rows // 4
+
+
+def forward_call(case: Case, dtype: torch.dtype, schedule: Schedule, **options) -> Call:
+    weight, bias, _, _ = expected(case)
+    return "conv_to_affine", (
+        schedule,
+        problem_of(case, dtype, **options),
+        to_numpy(weight.to(dtype)),
+        None if bias is None else to_numpy(bias.to(dtype)),
+    )
+
+
+def backward_call(case: Case, dtype: torch.dtype, schedule: Schedule, **options) -> Call:
+    problem = problem_of(case, dtype, **options)
+    grad_matrix, _ = expected_backward(case, problem.rows)
+    return "conv_to_affine_backward", (schedule, problem, to_numpy(grad_matrix.to(dtype)))
+
+
+def check(case: Case, dtype: torch.dtype, call: Call, outputs: tuple[np.ndarray, ...]) -> None:
+    """Compares with the reference, to the last bit."""
+    name, (_, problem, *_) = call
+    if name == "conv_to_affine":
+        exact = tuple(tensor[slice(*problem.rows)] for tensor in expected(case)[2:])
+    else:
+        exact = expected_backward(case, problem.rows)[1:]
+    for output, wanted in zip(outputs, exact, strict=True):
+        assert torch.equal(to_torch(output, dtype), wanted.to(dtype))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference is small work: on a busy machine threads that wait for each other cost more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cache(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.cache.mkdir("cuda_on_cpu")
+
+
+@pytest.fixture(scope="session")
+def kernels(cache: Path) -> Kernels:
+    return Kernels(build("races", cache))
+
+
+@pytest.fixture(scope="session")
+def sanitized(cache: Path) -> Path:
+    if find_sanitizer() is None:
+        pytest.skip(f"{COMPILER} comes without AddressSanitizer")
+    return build("sanitized", cache)
+
+
+def run(kernels: Kernels, call: Call) -> tuple[np.ndarray, ...]:
+    name, arguments = call
+    return getattr(kernels, name)(*arguments)
+
+
+# The kernels
+
+
+def test_every_cuda_source_is_run_here() -> None:
+    launchers = {"conv_to_affine_cuda.cu", "conv_to_affine_backward_cuda.cu"}
+    assert {path.name for path in kernel_sources()} == launchers
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES + SEGMENTS, ids=name_of)
+def test_conv_to_affine(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    for schedule in SCHEDULES:
+        call = forward_call(case, dtype, schedule)
+        check(case, dtype, call, run(kernels, call))
+    call = forward_call(case, dtype, FORWARD, rows=some_rows(case))
+    check(case, dtype, call, run(kernels, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_conv_to_affine_backward(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    # Who computes what does not depend on the dtype here: one schedule will do for the others.
+    for schedule in SCHEDULES if dtype == torch.float32 else SCHEDULES[2:3]:
+        call = backward_call(case, dtype, schedule)
+        check(case, dtype, call, run(kernels, call))
+    call = backward_call(case, dtype, FORWARD, rows=some_rows(case))
+    check(case, dtype, call, run(kernels, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    case = BY_NAME["plain3x3"]
+    matrix, offset = run(kernels, forward_call(case, dtype, FORWARD, rows=(5, 5)))
+    assert matrix.size == offset.size == 0
+    problem = problem_of(case, dtype, rows=(5, 5))
+    nothing = np.zeros((0, problem.cols), problem.storage)
+    (grad_weight,) = kernels.conv_to_affine_backward(FORWARD, problem, nothing)
+    assert not grad_weight.any()
+
+
+def test_the_table_has_what_the_kernels_treat_apart() -> None:
+    bytes_of = {dtype: STORAGE[name_of(dtype)].itemsize for dtype in DTYPES}
+    for dtype, size in bytes_of.items():
+        row_bytes = [case.geometry().cols * size for case in CASES + SEGMENTS]
+        matrix_bytes = [expected(case)[2].numel() * size for case in CASES + SEGMENTS]
+        assert any(count > 2 * 16384 for count in row_bytes), f"{dtype}: rows beyond a segment"
+        assert any(count % 16 for count in row_bytes), f"{dtype}: rows that are not aligned"
+        assert any(count % 16 for count in matrix_bytes), f"{dtype}: an end within a store"
+        assert any(count % 16384 == 0 for count in matrix_bytes), f"{dtype}: an end on a segment's"
+
+
+def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    schedule = Schedule("shuffle", seed=3, most_blocks=3)
+    jobs = []
+    for case in CASES + SEGMENTS:
+        for dtype in DTYPES:
+            jobs.append((case, dtype, forward_call(case, dtype, schedule)))
+            jobs.append((case, dtype, forward_call(case, dtype, schedule, rows=some_rows(case))))
+    for case in CASES:
+        for dtype in DTYPES if expected(case)[0].numel() < 500 else [torch.bfloat16]:
+            jobs.append((case, dtype, backward_call(case, dtype, schedule)))
+    results, said = run_sanitized(sanitized, [call for _, _, call in jobs], tmp_path)
+    assert results, said
+    for job, outputs in zip(jobs, results, strict=True):
+        check(*job, outputs)
+
+
+# The barriers: the last one of each kernel only guards a loop whose turns touch no byte of another
+# thread, so that it is not among them.
+
+
+@pytest.mark.parametrize(
+    ("source", "barrier", "make_call"),
+    [
+        ("conv_to_affine_cuda.cu", 0, forward_call),
+        ("conv_to_affine_cuda.cu", 1, forward_call),
+        ("conv_to_affine_backward_cuda.cu", 0, backward_call),
+        ("conv_to_affine_backward_cuda.cu", 1, backward_call),
+    ],
+)
+def test_taking_a_barrier_away_is_noticed(kernels: Kernels, source, barrier, make_call) -> None:
+    (path,) = (path for path in kernel_sources() if path.name == source)
+    lines = path.read_text().splitlines()
+    barriers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+    case = BY_NAME["same3x3"]
+    call = make_call(case, torch.float32, Schedule("reverse", without_barrier=barriers[barrier]))
+    with pytest.raises(KernelError, match=r"race|uninitialised"):
+        run(kernels, call)
+
+
+# The checks
+
+
+FAULTS = np.arange(256, dtype=np.float32)
+
+
+def test_a_kernel_without_fault_passes(kernels: Kernels, sanitized: Path, tmp_path: Path) -> None:
+    for schedule in SCHEDULES:
+        (out,) = kernels.planted(schedule, "no_fault", FAULTS)
+        assert np.array_equal(out, FAULTS[::-1])
+    results, said = run_sanitized(sanitized, [("planted", (FORWARD, "no_fault", FAULTS))], tmp_path)
+    assert results and np.array_equal(results[0][0], FAULTS[::-1]), said
+
+
+def test_finds_a_missing_barrier(kernels: Kernels) -> None:
+    outputs = []
+    for schedule in SCHEDULES:
+        with pytest.raises(KernelError, match=r"`copy`.*reverse_kernel") as raised:
+            kernels.planted(schedule, "missing_barrier", FAULTS)
+        outputs.append(raised.value.outputs[0])
+    results = {output.tobytes() for output in outputs}
+    assert len(results) > 1, "results do not depend on the schedule"
+
+
+def test_finds_a_divergent_barrier(kernels: Kernels) -> None:
+    message = r"divergent barrier: thread 0 waits at .*line \d+, thread 128 has ended"
+    with pytest.raises(KernelError, match=message):
+        kernels.planted(FORWARD, "divergent_barrier", FAULTS)
+    (out,) = kernels.planted(FORWARD, "no_fault", FAULTS)
+    assert np.array_equal(out, FAULTS[::-1]), "a failed launch must leave nothing behind"
+
+
+@pytest.mark.parametrize("name", ["out_of_bounds", "out_of_bounds_shared"])
+def test_finds_a_write_out_of_bounds(sanitized: Path, tmp_path: Path, name: str) -> None:
+    calls: list[Call] = [("planted", (FORWARD, name, FAULTS))]
+    results, said = run_sanitized(sanitized, calls, tmp_path)
+    assert not results
+    assert "heap-buffer-overflow" in said and "out_of_bounds.cu" in said
+    assert "WRITE of size 4" in said
+
+
+def test_finds_a_launch_that_cuda_would_refuse(kernels: Kernels) -> None:
+    with pytest.raises(KernelError, match="invalid configuration"):
+        kernels.planted(FORWARD, "no_fault", FAULTS[:0])
+
+
+PREPARED = [
+    ("k<<<1, 2>>>(a);", "k", "1, 2", ", a);"),
+    ("k<<<1,\n 2>>>\n(a,\n b);", "k", "1,\n 2", ", a,\n b);"),
+    ("k<<<1, 2>>>();", "k", "1, 2", ");"),
+    ("k<T, (N > 2)><<<f(g<T>(1)), 2>>>(a);", "k<T, (N > 2)>", "f(g<T>(1)), 2", ", a);"),
+    ("k<<<f<g<h<T>>>(n), 2>>>(a);", "k", "f<g<h<T>>>(n), 2", ", a);"),
+    ("k<<<1, N<2>>>>(f<g<h<T>>>(a));", "k", "1, N<2>", ", f<g<h<T>>>(a));"),
+    ("x::A<T>::k<U><<<1, 2>>>(a);", "x::A<T>::k<U>", "1, 2", ", a);"),
+    ("table.rows[n](m)<<<1, 2>>>(a);", "table.rows[n](m)", "1, 2", ", a);"),
+    ("(n > 1 ? k : l)<<<1, 2>>>(a);", "(n > 1 ? k : l)", "1, 2", ", a);"),
+]
+
+
+@pytest.mark.parametrize(("source", "kernel", "config", "rest"), PREPARED)
+def test_rewrites_a_launch(source: str, kernel: str, config: str, rest: str) -> None:
+    expected = (
+        f'::cuda_on_cpu::launch("{kernel}", {kernel}, ::cuda_on_cpu::LaunchConfig({config}){rest}'
+    )
+    for before in ("", "a = b; ", "if (n < 1) {", "// k<<<1, 2>>>(a)\n", 'f("<<<");'):
+        prepared = prepare(before + source, "x.cu")
+        assert prepared.split("\n", 2)[2] == before + expected.replace(">>>\n(", ">>>(")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("__shared__ float a[128];", 'auto& a = ::cuda_on_cpu::shared<float[128], 0>("a");'),
+        ("__shared__ A<T, 2> a;", 'auto& a = ::cuda_on_cpu::shared<A<T, 2>, 0>("a");'),
+        (
+            "__shared__ alignas(16) T a[N / 2][3];",
+            'auto& a = ::cuda_on_cpu::shared<T[N / 2][3], 0>("a", 16);',
+        ),
+        (
+            "__shared__ int a;\n  __shared__ int b;",
+            'auto& a = ::cuda_on_cpu::shared<int, 0>("a");\n'
+            '  auto& b = ::cuda_on_cpu::shared<int, 1>("b");',
+        ),
+    ],
+)
+def test_rewrites_shared_memory(source: str, expected: str) -> None:
+    assert prepare(source, "x.cu") == f'#include <cuda_runtime.h>\n#line 1 "x.cu"\n{expected}'
+
+
+@pytest.mark.parametrize("source", ["extern __shared__ float a[];", "__shared__ int a, b;"])
+def test_says_what_it_cannot_rewrite(source: str) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        prepare(source, "x.cu")
+
+
+# csrc/kernels/dtype.h, which the CPU kernels share
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+def test_widening_a_half_is_exact(kernels: Kernels, dtype: torch.dtype) -> None:
+    bits = np.arange(65536).astype(np.uint16)
+    torch_wide = to_torch(bits, dtype).float().numpy()
+    wide = kernels.widen(name_of(dtype), bits)
+    assert np.array_equal(np.isnan(wide), np.isnan(torch_wide))
+    real = ~np.isnan(wide)
+    assert np.array_equal(wide.view(np.uint32)[real], torch_wide.view(np.uint32)[real])
+    assert np.array_equal(kernels.narrow(name_of(dtype), wide)[real], bits[real]), "and back"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+def test_rounding_to_a_half_is_torchs(kernels: Kernels, dtype: torch.dtype) -> None:
+    # Every half, the middle between it and the next, and the floats around both; all overflows,
+    # subnormals, zeros, infinities and NaNs are among them. Then any bits at all.
+    halves = kernels.widen(name_of(dtype), np.arange(65536).astype(np.uint16)).view(np.uint32)
+    middle = {torch.float16: 1 << 12, torch.bfloat16: 1 << 15}[dtype]
+    near = [halves + np.uint32(offset) for offset in (0, 1, middle - 1, middle, middle + 1)]
+    subnormal_ties = (np.arange(4096, dtype=np.float32) * np.float32(2.0**-26)).view(np.uint32)
+    random = np.random.default_rng(0).integers(0, 2**32, 1 << 20, dtype=np.uint32)
+    values = np.concatenate([*near, subnormal_ties, random]).view(np.float32)
+
+    rounded = torch.from_numpy(values).to(dtype)
+    bits = kernels.narrow(name_of(dtype), values)
+    assert np.array_equal(np.isnan(values), to_torch(bits, dtype).isnan().numpy())
+    real = ~np.isnan(values)
+    assert np.array_equal(bits[real], to_numpy(rounded)[real])
