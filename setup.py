@@ -111,7 +111,7 @@ def extension():
         ("LINFUSE_VERSION", f'"{version()}"'),
         ("LINFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
-    flags = {"cxx": ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", "-g0"]}
     if cuda:
         sources += sorted(
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("kernels/*_cuda.cu")

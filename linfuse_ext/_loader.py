@@ -28,8 +28,8 @@ def load() -> ModuleType:
     )
     if _torch_release() < MINIMUM_TORCH:
         raise ImportError(
-            f"linfuse_ext needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}; running: {running}. "
-            "Type: pip install --upgrade torch"
+            f"linfuse_ext needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}; "
+            f"running: {running}. Type: pip install --upgrade torch"
         )
     try:
         return importlib.import_module("linfuse_ext._C")

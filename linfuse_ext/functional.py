@@ -171,7 +171,7 @@ def fuse_conv_linear(
     The merged weight is `linear_weight @ A` with A the matrix of the convolution, and its bias
     `linear_bias + linear_weight @ b`. A is never built: row f of the product is row f of
     `linear_weight`, seen as an image `[C_out, *out]` and taken back through the convolution (its
-    input gradient), at `2 F C_out (C_in / groups) prod(kernel) prod(out)` floating-point operations.
+    input gradient), at `2 F C_out (C_in / groups) prod(kernel) prod(out)` operations.
 
     Args:
         conv_weight: `[C_out, C_in / groups, *kernel]`, or `[C_in, C_out / groups, *kernel]` if

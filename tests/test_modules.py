@@ -175,7 +175,7 @@ REFUSED = [
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3), 6), TypeError,
      "fuse_conv_linear: `linear` must be one of Linear, got Conv2d"),
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3), OwnLinear(36, 5), 6), TypeError,
-     "fuse_conv_linear: `linear` must compute what Linear computes, but OwnLinear overrides forward"),
+     "`linear` must compute what Linear computes, but OwnLinear overrides forward"),
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3), LINEAR, (6, 6)), ValueError,
      "fuse_conv_linear: `linear_weight` must have shape (F, 48), as the convolution's output "
      "flattens to 48, got (5, 36)"),

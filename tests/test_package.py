@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,24 @@ def test_nothing_but_the_stable_interface_is_included() -> None:
                 assert "kernels" not in line and "ops" not in line and "cuda" not in line
             if path.parent.name == "kernels":
                 assert "ops/" not in line
+
+
+def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path),
+         "sdist", "--dist-dir", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
+    suffixes = {".h", ".cpp", ".cu", ".inl"}
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in suffixes
+    }
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "linfuse_ext").glob("*.py")}
+    assert sources | package | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names

@@ -1,9 +1,9 @@
 """How close is close: rounding errors that arithmetic explains, and not what happened to pass.
 
 A sum of n products in precision eps, rounded once more to the element type's eps_out, differs from
-the exact sum by at most  (n * eps + eps_out) * sum |a_n b_n|  (N. J. Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1). The sum of the absolute products is computed by the reference on
-the operands' absolute values, so that the bound is per element.
+the exact sum by at most  (n * eps + eps_out) * sum |a_n b_n|  (N. J. Higham, Accuracy and Stability
+of Numerical Algorithms, section 3.1). The sum of the absolute products is computed by the reference
+on the operands' absolute values, so that the bound is per element.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels, the shim and the runner with g++ into one shared library per variant."""
+"""Compiles the CUDA kernels, the shim and the runner with g++ into a shared library a variant."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-STORAGE = {
+STORAGE: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.uint16),
@@ -53,8 +53,10 @@ class Problem:
 class _CProblem(ctypes.Structure):
     _fields_ = (
         ("axes", ctypes.c_int64),
-        *((name, ctypes.POINTER(ctypes.c_int64))
-          for name in ("weight_size", "input_size", "stride", "padding", "dilation")),
+        *(
+            (name, ctypes.POINTER(ctypes.c_int64))
+            for name in ("weight_size", "input_size", "stride", "padding", "dilation")
+        ),
         ("groups", ctypes.c_int64),
         ("transposed", ctypes.c_int64),
         ("output_padding", ctypes.POINTER(ctypes.c_int64)),

@@ -1,7 +1,7 @@
 """Rewrites the two things of CUDA C++ that no header can give a meaning in C++.
 
-    kernel<<<grid, block>>>(args)  ->  cuda_on_cpu::launch("kernel", kernel, LaunchConfig(...), args)
-    __shared__ float sums[128];    ->  auto& sums = cuda_on_cpu::shared<float[128], 0>("sums");
+    kernel<<<grid, block>>>(n)   ->  cuda_on_cpu::launch("kernel", kernel, LaunchConfig(...), n)
+    __shared__ float sums[128];  ->  auto& sums = cuda_on_cpu::shared<float[128], 0>("sums");
 
 Line numbers stay, so that messages point into the source that was prepared.
 """
@@ -42,7 +42,7 @@ def _rewrite_shared(text: str) -> str:
         kind = f"{match['type'].strip()}{match['extents'].strip()}"
         pieces += [
             text[end : match.start()],
-            f'auto& {match["name"]} = ::cuda_on_cpu::shared<{kind}, {number}>',
+            f"auto& {match['name']} = ::cuda_on_cpu::shared<{kind}, {number}>",
             f'("{match["name"]}"{alignment});',
             "\n" * match[0].count("\n"),
         ]
@@ -63,11 +63,12 @@ def _rewrite_launch(text: str, launch: int) -> str:
     close = _closing(code, arguments.end())
     callee = text[start:launch].strip()
     name = re.sub(r'["\\\s]+', " ", callee)
+    gap = text[config_end + 3 : arguments.end() - 1]
     separator = ", " if code[arguments.end() : close].strip() else ""
     return (
         f'{text[:start]}::cuda_on_cpu::launch("{name}", {text[start:launch]}, '
         f"::cuda_on_cpu::LaunchConfig({text[launch + 3 : config_end]})"
-        f"{separator}{text[arguments.end() :]}"
+        f"{gap}{separator}{text[arguments.end() :]}"
     )
 
 
@@ -77,15 +78,15 @@ def _callee_start(code: str, end: int) -> int:
     while True:
         while start > 0 and code[start - 1] in _OPENING:
             start = len(code[: _opening(code, start - 1)].rstrip())
-        start -= len(re.search(r"\w*$", code[:start])[0])
+        start = len(re.sub(r"\w+$", "", code[:start]))
         connector = re.search(r"(::|\.|->)$", code[:start])
         if not connector:
-            return start
+            return end - len(code[start:end].lstrip())
         start = connector.start()
 
 
 def _opening(code: str, close: int) -> int:
-    """Returns where the bracket that ends at `close` begins; angles count outside of parentheses."""
+    """Returns where the bracket that ends at `close` begins; angles count outside of others."""
     wanted = [_OPENING[code[close]]]
     for at in range(close - 1, -1, -1):
         char = code[at]

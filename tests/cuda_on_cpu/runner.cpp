@@ -1,21 +1,23 @@
 // The launchers in plain C, for ctypes. kernels.py mirrors these declarations.
 //
-// Every function returns null, or what went wrong. Inputs and outputs are copied to and from buffers
-// that are exactly to size, so that AddressSanitizer knows their ends.
+// Every function returns null, or what went wrong. Inputs and outputs are copied to and from memory
+// of their own, where it shows if a kernel goes beyond their ends. Inputs may be views, aligned to
+// their elements; outputs are fresh, and aligned to 16 bytes at least.
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
 #include <vector>
 
+#include "../geometry/make_geometry.h"
 #include "conv_to_affine.h"
 #include "conv_to_affine_backward.h"
 #include "dtype.h"
-#include "../geometry/make_geometry.h"
 #include "planted/planted.h"
 #include "shim/grid.h"
+#include "shim/memory.h"
 
-using cuda_on_cpu::DeviceBuffer;
+using cuda_on_cpu::Memory;
 
 extern "C" struct Problem {
   int64_t axes;
@@ -35,17 +37,18 @@ extern "C" struct Problem {
 
 namespace {
 
+constexpr size_t kOutputAlignment = 16;
+
 linfuse::Geometry geometry_of(const Problem& problem) {
   const auto list = [&](const int64_t* values, int64_t count) {
     return std::vector<int64_t>(values, values + count);
   };
   const int64_t axes = problem.axes;
   return linfuse::make_geometry(
-      "cuda_on_cpu",
-      {list(problem.weight_size, axes + 2), list(problem.input_size, axes),
-       list(problem.stride, axes), list(problem.padding, 2 * axes), list(problem.dilation, axes),
-       problem.groups, problem.transposed != 0, list(problem.output_padding, axes),
-       problem.padding_mode});
+      "cuda_on_cpu", {list(problem.weight_size, axes + 2), list(problem.input_size, axes),
+                      list(problem.stride, axes), list(problem.padding, 2 * axes),
+                      list(problem.dilation, axes), problem.groups, problem.transposed != 0,
+                      list(problem.output_padding, axes), problem.padding_mode});
 }
 
 size_t product(const int64_t* values, int64_t count) {
@@ -98,18 +101,18 @@ const char* conv_to_affine(const Problem* problem, const void* weight, const voi
     const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
     const auto cols = static_cast<size_t>(params.geometry.cols());
     const auto channels = static_cast<size_t>(params.geometry.out_channels);
-    DeviceBuffer weight_buffer(
-        "weight", bytes * product(problem->weight_size, problem->axes + 2), weight);
-    DeviceBuffer bias_buffer("bias", bytes * channels, bias);
-    DeviceBuffer matrix_buffer("matrix", bytes * rows * cols);
-    DeviceBuffer offset_buffer("offset", bytes * rows);
-    params.weight = weight_buffer.data();
-    params.bias = bias == nullptr ? nullptr : bias_buffer.data();
-    params.matrix = matrix_buffer.data();
-    params.offset = offset_buffer.data();
+    const size_t elements = product(problem->weight_size, problem->axes + 2);
+    Memory weight_copy("weight", bytes * elements, bytes, weight);
+    Memory bias_copy("bias", bytes * channels, bytes, bias);
+    Memory matrix_made("matrix", bytes * rows * cols, kOutputAlignment);
+    Memory offset_made("offset", bytes * rows, kOutputAlignment);
+    params.weight = weight_copy.data();
+    params.bias = bias == nullptr ? nullptr : bias_copy.data();
+    params.matrix = matrix_made.data();
+    params.offset = offset_made.data();
     const cudaError_t error = linfuse::launch_conv_to_affine_cuda(params, nullptr);
-    matrix_buffer.copy_to(matrix);
-    offset_buffer.copy_to(offset);
+    matrix_made.copy_to(matrix);
+    offset_made.copy_to(offset);
     return error;
   });
 }
@@ -127,13 +130,13 @@ const char* conv_to_affine_backward(const Problem* problem, const void* grad_mat
     const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
     const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
     const auto cols = static_cast<size_t>(params.geometry.cols());
-    DeviceBuffer matrix_buffer("grad_matrix", bytes * rows * cols, grad_matrix);
-    DeviceBuffer weight_buffer("grad_weight",
-                               bytes * product(problem->weight_size, problem->axes + 2));
-    params.grad_matrix = matrix_buffer.data();
-    params.grad_weight = weight_buffer.data();
+    const size_t elements = product(problem->weight_size, problem->axes + 2);
+    Memory grad_matrix_copy("grad_matrix", bytes * rows * cols, bytes, grad_matrix);
+    Memory grad_weight_made("grad_weight", bytes * elements, kOutputAlignment);
+    params.grad_matrix = grad_matrix_copy.data();
+    params.grad_weight = grad_weight_made.data();
     const cudaError_t error = linfuse::launch_conv_to_affine_backward_cuda(params, nullptr);
-    weight_buffer.copy_to(grad_weight);
+    grad_weight_made.copy_to(grad_weight);
     return error;
   });
 }
@@ -141,12 +144,13 @@ const char* conv_to_affine_backward(const Problem* problem, const void* grad_mat
 // One of the faulty kernels on `count` floats: in [count]  ->  out [count]
 const char* planted(const char* name, int64_t count, const float* in, float* out) {
   return text_of([&] {
-    DeviceBuffer in_buffer("in", sizeof(float) * static_cast<size_t>(count), in);
-    DeviceBuffer out_buffer("out", sizeof(float) * static_cast<size_t>(count));
+    const size_t bytes = sizeof(float) * static_cast<size_t>(count);
+    Memory in_copy("in", bytes, sizeof(float), in);
+    Memory out_made("out", bytes, kOutputAlignment);
     const cudaError_t error =
-        kPlanted.at(name)(static_cast<const float*>(in_buffer.data()),
-                          static_cast<float*>(out_buffer.data()), static_cast<int>(count));
-    out_buffer.copy_to(out);
+        kPlanted.at(name)(static_cast<const float*>(in_copy.data()),
+                          static_cast<float*>(out_made.data()), static_cast<int>(count));
+    out_made.copy_to(out);
     return error;
   });
 }

@@ -1,5 +1,5 @@
-// Reverses an array in shared memory: without the barrier a thread may read what is not there yet, and
-// threads that leave before the barrier may keep the others waiting for ever.
+// Reverses an array in shared memory: without the barrier a thread may read what is not there yet,
+// and threads that leave before the barrier may keep the others waiting for ever.
 #include "planted.h"
 
 namespace {

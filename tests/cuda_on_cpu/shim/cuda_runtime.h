@@ -1,7 +1,7 @@
 // The CUDA C++ dialect as plain C++. What no header can express, prepare.py rewrites:
 //
-//   kernel<<<grid, block, shared, stream>>>(args)  ->  cuda_on_cpu::launch("kernel", kernel, ..., args)
-//   __shared__ float sums[128];                    ->  auto& sums = cuda_on_cpu::shared<...>("sums");
+//   kernel<<<grid, block>>>(n)   ->  cuda_on_cpu::launch("kernel", kernel, LaunchConfig(...), n)
+//   __shared__ float sums[128];  ->  auto& sums = cuda_on_cpu::shared<float[128], 0>("sums");
 //
 // __CUDACC__ stays undefined: that macro promises a CUDA compiler, and this is none.
 #pragma once

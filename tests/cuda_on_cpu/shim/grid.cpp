@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <map>
-#include <new>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -11,6 +11,7 @@
 
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "memory.h"
 #include "races.h"
 
 uint3 threadIdx;
@@ -21,7 +22,6 @@ dim3 gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-constexpr unsigned char kPoison = 0xff;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of variables; more needs dynamic shared memory
 
@@ -39,43 +39,7 @@ struct Thread {
 std::vector<std::unique_ptr<Thread>> threads;
 Thread* running = nullptr;
 
-// Variables of the running block, by their declaration.
-class SharedVariables {
- public:
-  ~SharedVariables() { clear(); }
-
-  void* find_or_make(const void* key, const char* name, size_t bytes, size_t alignment) {
-    Variable& variable = variables_[key];
-    if (variable.data == nullptr) {
-      variable = {::operator new(bytes, std::align_val_t(alignment)), alignment};
-      std::memset(variable.data, kPoison, bytes);
-      watch(name, variable.data, bytes, /*initialised=*/false);
-      total_ += bytes;
-      if (total_ > kMostSharedBytes) report("more than 48 KB of shared variables");
-    }
-    return variable.data;
-  }
-
-  void clear() {
-    for (auto& [key, variable] : variables_) {
-      unwatch(variable.data);
-      ::operator delete(variable.data, std::align_val_t(variable.alignment));
-    }
-    variables_.clear();
-    total_ = 0;
-  }
-
- private:
-  struct Variable {
-    void* data = nullptr;
-    size_t alignment = 0;
-  };
-
-  std::map<const void*, Variable> variables_;
-  size_t total_ = 0;
-};
-
-SharedVariables shared_variables;
+std::map<const void*, Memory> shared_variables;  // of the running block, by their declaration
 
 // A permutation of 0 .. count - 1 for the next round.
 const std::vector<unsigned>& next_order(unsigned count, std::vector<unsigned>* order) {
@@ -168,19 +132,14 @@ void run_grid(const char* kernel, const LaunchConfig& config, const std::functio
 }
 
 void* shared_memory(const void* key, const char* name, size_t bytes, size_t alignment) {
-  return shared_variables.find_or_make(key, name, bytes, alignment);
+  const auto [entry, made] = shared_variables.try_emplace(key, name, bytes, alignment);
+  if (made) {
+    size_t total = 0;
+    for (const auto& [other_key, variable] : shared_variables) total += variable.bytes();
+    if (total > kMostSharedBytes) report("more than 48 KB of shared variables");
+  }
+  return entry->second.data();
 }
-
-DeviceBuffer::DeviceBuffer(const char* name, size_t bytes, const void* contents)
-    : bytes_(bytes), data_(new unsigned char[bytes]) {
-  std::memset(data_.get(), kPoison, bytes);
-  if (contents != nullptr) std::memcpy(data_.get(), contents, bytes);
-  watch(name, data_.get(), bytes, /*initialised=*/contents != nullptr);
-}
-
-DeviceBuffer::~DeviceBuffer() { unwatch(data_.get()); }
-
-void DeviceBuffer::copy_to(void* host) const { std::memcpy(host, data_.get(), bytes_); }
 
 }  // namespace cuda_on_cpu
 

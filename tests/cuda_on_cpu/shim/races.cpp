@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "memory.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -82,10 +83,15 @@ void access(const void* data, size_t bytes, Check&& check) {
   if (fiber == nullptr || fiber->on_stack(data)) return;
   const auto address = reinterpret_cast<uintptr_t>(data);
   for (Watched& memory : watched) {
-    const size_t first = address - memory.begin;  // huge where the address lies below
-    if (first >= memory.cells.size()) continue;
-    for (size_t n = first; n < first + bytes && n < memory.cells.size(); ++n) {
-      check(memory, memory.cells[n], n);
+    // Unsigned: addresses below count as huge distances.
+    if (address - (memory.begin - kOutskirts) >= memory.cells.size() + 2 * kOutskirts) continue;
+    for (size_t n = address - memory.begin; n != address - memory.begin + bytes; ++n) {
+      if (n < memory.cells.size()) {
+        check(memory, memory.cells[n], n);
+      } else {
+        report("out of bounds of `" + memory.name + "`: thread " + std::to_string(thread) +
+               " at byte " + std::to_string(static_cast<int64_t>(n)));
+      }
     }
     return;
   }
@@ -96,11 +102,10 @@ void write(const void* data, size_t bytes) { access(data, bytes, check_write); }
 
 }  // namespace
 
-void watch(const char* name, const void* data, size_t bytes, bool initialised) {
+void watch(const std::string& name, const void* data, size_t bytes, bool initialised) {
   Cell cell;
   if (initialised) cell.written = kBeforeAll;
-  watched.push_back(
-      {name, reinterpret_cast<uintptr_t>(data), std::vector<Cell>(bytes, cell)});
+  watched.push_back({name, reinterpret_cast<uintptr_t>(data), std::vector<Cell>(bytes, cell)});
 }
 
 void unwatch(const void* data) {
@@ -124,12 +129,13 @@ void stop_thread() { fiber = nullptr; }
 
 }  // namespace cuda_on_cpu
 
-// What the compiler calls under -fsanitize=thread, by name and meaning as in LLVM's tsan_interface.h.
+// What the compiler calls under -fsanitize=thread, by name and meaning as in LLVM's
+// tsan_interface.h.
 extern "C" {
-#define CUDA_ON_CPU_HOOKS(size)                                                                  \
-  void __tsan_read##size(void* data) { cuda_on_cpu::read(data, size); }                          \
-  void __tsan_write##size(void* data) { cuda_on_cpu::write(data, size); }                        \
-  void __tsan_unaligned_read##size(void* data) { cuda_on_cpu::read(data, size); }                \
+#define CUDA_ON_CPU_HOOKS(size)                                                   \
+  void __tsan_read##size(void* data) { cuda_on_cpu::read(data, size); }           \
+  void __tsan_write##size(void* data) { cuda_on_cpu::write(data, size); }         \
+  void __tsan_unaligned_read##size(void* data) { cuda_on_cpu::read(data, size); } \
   void __tsan_unaligned_write##size(void* data) { cuda_on_cpu::write(data, size); }
 CUDA_ON_CPU_HOOKS(1)
 CUDA_ON_CPU_HOOKS(2)

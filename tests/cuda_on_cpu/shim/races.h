@@ -1,9 +1,11 @@
-// A race detector for the memory it is told to watch.
+// Judges every access of a kernel to the memory that is watched: races, reads of what nobody wrote,
+// and accesses next to the memory.
 //
 // Two accesses to a byte race if one of them writes and nothing orders them: they come from two
-// blocks of a launch, or from two threads of a block with no barrier in between. Kernels compiled
-// with -fsanitize=thread report their accesses to us instead of to ThreadSanitizer's runtime, which is
-// not linked. Since order is judged and not observed, one run finds a race under any schedule.
+// blocks of a launch, or from two threads of a block with no barrier in between. Order is judged
+// and not observed, so that one run finds a race under any schedule.
+// Kernels that are compiled with -fsanitize=thread report their accesses to us: ThreadSanitizer's
+// own runtime is not linked.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +18,8 @@ class Fiber;
 // Fails the launch that runs; the first report counts.
 void report(const std::string& what);
 
-void watch(const char* name, const void* data, size_t bytes, bool initialised);
+// Up to kOutskirts bytes on both sides must be there, and count as out of bounds.
+void watch(const std::string& name, const void* data, size_t bytes, bool initialised);
 void unwatch(const void* data);
 
 // Where the run is. A phase is the time between two barriers of a block.
