@@ -111,7 +111,8 @@ def extension():
         ("LINFUSE_VERSION", f'"{version()}"'),
         ("LINFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
-    flags = {"cxx": ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", "-g0"]}
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", *warnings]}
     if cuda:
         sources += sorted(
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("kernels/*_cuda.cu")
