@@ -17,6 +17,22 @@ _C = _loader.load()
 # These need the ops that the compiled module defines.
 from . import functional  # noqa: E402
 from . import registrations as _registrations  # noqa: E402, F401
-from .modules import conv_to_linear, fuse_conv_linear  # noqa: E402
+from .errors import FusionError  # noqa: E402
+from .modules import (  # noqa: E402
+    conv_to_linear,
+    fuse_conv_conv,
+    fuse_conv_linear,
+    fuse_linear_conv,
+    fuse_linear_linear,
+)
 
-__all__ = ["__version__", "conv_to_linear", "functional", "fuse_conv_linear"]
+__all__ = [
+    "FusionError",
+    "__version__",
+    "conv_to_linear",
+    "functional",
+    "fuse_conv_conv",
+    "fuse_conv_linear",
+    "fuse_linear_conv",
+    "fuse_linear_linear",
+]

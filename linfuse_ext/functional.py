@@ -11,13 +11,23 @@ worded "op: `argument` requirement, got value".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, as_int, make_geometry
+from . import sparse, torch_engine
+from .composition import Conv, Merge, compose
+from .geometry import Geometry, as_int, make_geometry, make_settings
 
-__all__ = ["conv_to_affine", "fuse_conv_linear"]
+__all__ = [
+    "conv_to_affine",
+    "conv_to_diagonals",
+    "fuse_conv_conv",
+    "fuse_conv_linear",
+    "fuse_linear_conv",
+    "fuse_linear_linear",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -83,6 +93,7 @@ def conv_to_affine(
     padding_mode: str = "zeros",
     layout: torch.layout = torch.strided,
     rows: Sequence[int] | None = None,
+    index_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     r"""Writes a convolution as the affine map that it is, `y = A x + b` on flattened tensors.
 
@@ -105,8 +116,11 @@ def conv_to_affine(
         transposed: Whether it is a transposed convolution.
         output_padding: Extra positions at the high end of a transposed convolution's output.
         padding_mode: 'zeros', 'reflect', 'replicate' or 'circular', as torch.nn.Conv2d has them.
-        layout: Layout of the matrix; torch.strided.
+        layout: Layout of the matrix: torch.strided, torch.sparse_csr or torch.sparse_coo. The
+            sparse ones store the taps and nothing else, by ascending column (coalesced), are built
+            without a dense pass, and pass gradients on through their values.
         rows: `(start, stop)` for only these rows of the matrix and of the offset.
+        index_dtype: Of the indices; torch.int32 only for torch.sparse_csr, where they fit.
 
     Returns:
         The matrix A, `[C_out * prod(out), C_in * prod(in)]`, and the offset b,
@@ -129,8 +143,11 @@ def conv_to_affine(
     _check_tensor(op, "weight", weight)
     if not isinstance(layout, torch.layout):
         raise TypeError(f"{op}: `layout` must be a torch.layout, got {layout!r}")
-    if layout != torch.strided:
-        raise ValueError(f"{op}: `layout` must be torch.strided, got {layout}")
+    if layout not in (torch.strided, torch.sparse_csr, torch.sparse_coo):
+        raise ValueError(
+            f"{op}: `layout` must be torch.strided, torch.sparse_csr or torch.sparse_coo, "
+            f"got {layout}"
+        )
     geometry = make_geometry(
         op,
         weight.shape,
@@ -145,10 +162,84 @@ def conv_to_affine(
     )
     _check_vector(op, "bias", bias, weight, geometry.out_channels)
     block = _check_rows(op, rows, geometry)
+    sparse.check_index_dtype(op, index_dtype, layout, geometry, block)
+    if layout != torch.strided:
+        matrix = sparse.make_matrix(weight, geometry, layout, block, index_dtype)
+        return matrix, sparse.make_offset(weight, bias, geometry, block)
     matrix, offset = torch.ops.linfuse.conv_to_affine(
         weight, bias, *geometry.op_arguments, **geometry.op_keywords, rows=block
     )
     return matrix, offset
+
+
+def conv_to_diagonals(
+    weight: Tensor,
+    bias: Tensor | None,
+    input_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    transposed: bool = False,
+    output_padding: Size = 0,
+    padding_mode: str = "zeros",
+) -> sparse.Diagonals:
+    r"""Writes a convolution by the generalised diagonals of its matrix, for encrypted vectors.
+
+    Under homomorphic encryption a vector can be rotated and multiplied by a plain vector slot by
+    slot, so that `A x` is a sum over diagonals, `sum_d diagonal_d * rotate(x, d)` (S. Halevi and
+    V. Shoup, "Algorithms in HElib", CRYPTO 2014, section 4.3). A is padded with zeros to n x n, n
+    the next power of two as packing asks for it; diagonal d holds `A[r, (r + d) mod n]` at r. A
+    convolution has few diagonals, and only those with a tap are returned. They are made from the
+    stored elements; neither the dense matrix nor a sort takes part.
+
+    Args:
+        weight: As conv_to_affine takes it; so are all other arguments.
+        bias: `[C_out]`, or None for zeros.
+        input_size: Spatial size of the convolution's input, in positions: an int or one per axis.
+        stride: An int or one per axis.
+        padding: An int, one per axis, a (low, high) pair per axis flattened, 'same' or 'valid'.
+        dilation: An int or one per axis.
+        groups: Groups of the convolution.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Extra positions at the high end of a transposed convolution's output.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular', as torch.nn.Conv2d has them.
+
+    Returns:
+        `size`, which is n; `vectors`, a dict from the offset d to the diagonal, `[n]`; and
+        `offset`, the offset b padded with zeros to `[n]`. Of the dtype and on the device of
+        `weight`; gradients flow to `weight` and `bias`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: An argument has a wrong value, shape or device.
+
+    Example:
+        >>> weight, bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
+        >>> size, vectors, offset = conv_to_diagonals(weight, bias, input_size=3)
+        >>> size, vectors
+        (4, {0: tensor([1., 1., 0., 0.]), 1: tensor([2., 2., 0., 0.])})
+        >>> x = torch.tensor([1.0, 10.0, 100.0, 0.0])  # padded to n
+        >>> offset + sum(diagonal * x.roll(-d) for d, diagonal in vectors.items())
+        tensor([ 21.5000, 210.5000,   0.0000,   0.0000])
+    """
+    op = "conv_to_diagonals"
+    _check_tensor(op, "weight", weight)
+    geometry = make_geometry(
+        op,
+        weight.shape,
+        input_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed,
+        output_padding,
+        padding_mode,
+    )
+    _check_vector(op, "bias", bias, weight, geometry.out_channels)
+    return sparse.make_diagonals(weight, bias, geometry)
 
 
 def fuse_conv_linear(
@@ -234,3 +325,309 @@ def fuse_conv_linear(
         **geometry.op_keywords,
     )
     return weight, bias
+
+
+def fuse_linear_conv(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    input_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    transposed: bool = False,
+    output_padding: Size = 0,
+    padding_mode: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    r"""Merges a Linear and the convolution behind it into one Linear.
+
+    `conv(linear(x).unflatten(1, (C_in, *input_size))).flatten(1)` has the weight
+    `A @ linear_weight`, with A the matrix of the convolution, and the bias `A @ linear_bias + b`. A
+    is never built: each column of `linear_weight`, and its bias, is an image that goes forward
+    through the convolution, at `2 D C_out (C_in / groups) prod(kernel) prod(out)` operations.
+
+    Args:
+        linear_weight: `[C_in * prod(input_size), D]`, of the dtype and on the device of
+            `conv_weight`.
+        linear_bias: `[C_in * prod(input_size)]`, or None for zeros.
+        conv_weight: `[C_out, C_in / groups, *kernel]`, or `[C_in, C_out / groups, *kernel]` if
+            transposed; 1 to 3 spatial axes. float32, float64, float16 or bfloat16.
+        conv_bias: `[C_out]`, or None for zeros.
+        input_size: Spatial size of the convolution's input, in positions: an int or one per axis.
+        stride: An int or one per axis.
+        padding: An int, one per axis, a (low, high) pair per axis flattened, first axis first
+            (`(top, bottom, left, right)`), 'same' or 'valid'.
+        dilation: An int or one per axis.
+        groups: Groups of the convolution.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Extra positions at the high end of a transposed convolution's output.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular', as torch.nn.Conv2d has them.
+
+    Returns:
+        The merged weight `[C_out * prod(out), D]` and bias `[C_out * prod(out)]`, contiguous.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: An argument has a wrong value, shape or device.
+
+    Example:
+        >>> conv_weight, conv_bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
+        >>> linear_weight = torch.tensor([[1.0], [10.0], [100.0]])
+        >>> fuse_linear_conv(linear_weight, None, conv_weight, conv_bias, input_size=3)
+        (tensor([[ 21.],
+                [210.]]), tensor([0.5000, 0.5000]))
+    """
+    op = "fuse_linear_conv"
+    _check_tensor(op, "conv_weight", conv_weight)
+    _check_tensor(op, "linear_weight", linear_weight, conv_weight)
+    geometry = make_geometry(
+        op,
+        conv_weight.shape,
+        input_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed,
+        output_padding,
+        padding_mode,
+    )
+    if linear_weight.dim() != 2 or linear_weight.shape[0] != geometry.cols:
+        raise ValueError(
+            f"{op}: `linear_weight` must have shape ({geometry.cols}, D), as the convolution's "
+            f"input unflattens from {geometry.cols}, got {tuple(linear_weight.shape)}"
+        )
+    _check_vector(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    _check_vector(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    weight, bias = torch.ops.linfuse.fuse_linear_conv(
+        linear_weight,
+        linear_bias,
+        conv_weight,
+        conv_bias,
+        *geometry.op_arguments,
+        **geometry.op_keywords,
+    )
+    return weight, bias
+
+
+def fuse_linear_linear(
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Merges two Linears in a row, `second(first(x))`, into one.
+
+    Args:
+        first_weight: `[M, D]`. float32, float64, float16 or bfloat16.
+        first_bias: `[M]`, or None for zeros.
+        second_weight: `[F, M]`, of the dtype and on the device of `first_weight`.
+        second_bias: `[F]`, or None for zeros.
+
+    Returns:
+        The merged weight `second_weight @ first_weight`, `[F, D]`, and bias
+        `second_weight @ first_bias + second_bias`, `[F]`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: An argument has a wrong shape or device.
+
+    Example:
+        >>> first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> fuse_linear_linear(first, torch.tensor([1.0, 1.0]), second, None)
+        (tensor([[11.]]), tensor([7.]))
+    """
+    op = "fuse_linear_linear"
+    check_pair(op, first_weight, second_weight)
+    if first_weight.dim() != 2:
+        raise ValueError(
+            f"{op}: `first_weight` must have shape (M, D), got {tuple(first_weight.shape)}"
+        )
+    if second_weight.dim() != 2 or second_weight.shape[1] != first_weight.shape[0]:
+        raise ValueError(
+            f"{op}: `second_weight` must have shape (F, {first_weight.shape[0]}), as the first "
+            f"Linear puts out {first_weight.shape[0]}, got {tuple(second_weight.shape)}"
+        )
+    _check_vector(op, "first_bias", first_bias, first_weight, first_weight.shape[0])
+    _check_vector(op, "second_bias", second_bias, first_weight, second_weight.shape[0])
+    wide = torch.promote_types(first_weight.dtype, torch.float32)
+    bias = torch.zeros(second_weight.shape[0], dtype=wide, device=first_weight.device)
+    if first_bias is not None:
+        bias = second_weight.to(wide) @ first_bias.to(wide)
+    if second_bias is not None:
+        bias = bias + second_bias.to(wide)
+    return second_weight @ first_weight, bias.to(first_weight.dtype)
+
+
+def check_pair(op: str, first_weight: Tensor, second_weight: Tensor) -> None:
+    """Checks the weights of two layers in a row: dtypes and devices."""
+    _check_tensor(op, "first_weight", first_weight)
+    _check_tensor(op, "second_weight", second_weight, first_weight)
+
+
+def _settings(op: str, name: str, weight: Tensor, bias: Tensor | None, *settings: Any) -> Conv:
+    """The checked settings of one of two convolutions."""
+    made = make_settings(f"{op}, {name} layer", weight.shape, *settings)
+    _check_vector(op, f"{name}_bias", bias, weight, made.out_channels)
+    return Conv.of(made, bias is not None)
+
+
+def fuse_conv_conv(
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+    first_stride: Size = 1,
+    first_padding: Padding = 0,
+    first_dilation: Size = 1,
+    first_groups: int = 1,
+    second_stride: Size = 1,
+    second_padding: Padding = 0,
+    second_dilation: Size = 1,
+    second_groups: int = 1,
+    *,
+    first_transposed: bool = False,
+    first_output_padding: Size = 0,
+    first_padding_mode: str = "zeros",
+    second_transposed: bool = False,
+    second_output_padding: Size = 0,
+    second_padding_mode: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    r"""Merges two convolutions in a row, `second(first(x))`, into one, where that is exact.
+
+    The kernel elements of the merged convolution are the sums, over the channels between the
+    layers, of all products of two elements; they lie `k1 d1 + k2 (s1 d2)` from the first, and are
+    kept `gcd(d1, s1 d2)` apart. Its stride is `s1 s2`, its padding `p1 + s1 p2`, its dilation that
+    greatest common divisor, its groups `gcd(g1, g2)`, its bias `b2 + sum_k w2[k] b1`. Where the
+    second layer pads, this is exact only for some first layers: the rules stand in
+    linfuse_ext/composition.py. Everything is computed in float64 and rounded once.
+
+    Args:
+        first_weight: `[C_mid, C_in / first_groups, *k1]`, or `[C_in, C_mid / first_groups, *k1]` if
+            transposed; 1 to 3 spatial axes. float32, float64, float16 or bfloat16.
+        first_bias: `[C_mid]`, or None for zeros.
+        second_weight: `[C_out, C_mid / second_groups, *k2]`, or `[C_mid, C_out / second_groups,
+            *k2]` if transposed; dtype and device of `first_weight`.
+        second_bias: `[C_out]`, or None for zeros.
+        first_stride: An int or one per axis; likewise for the second.
+        first_padding: An int, one per axis, a (low, high) pair per axis flattened, 'same' or
+            'valid'; likewise for the second.
+        first_dilation: An int or one per axis; likewise for the second.
+        first_groups: Groups of the first convolution; likewise for the second.
+        second_stride: See the first.
+        second_padding: See the first.
+        second_dilation: See the first.
+        second_groups: See the first.
+        first_transposed: Whether it is a transposed convolution; likewise for the second.
+        first_output_padding: Of a transposed convolution; likewise for the second.
+        first_padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'; likewise for the second.
+        second_transposed: See the first.
+        second_output_padding: See the first.
+        second_padding_mode: See the first.
+
+    Returns:
+        The merged weight, `[C_out, C_in / groups, *kernel]` (or transposed), and bias `[C_out]`.
+
+    Raises:
+        FusionError: No single convolution computes the same; the message names the rule.
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: An argument has a wrong value, shape or device.
+
+    Example:
+        >>> first, second = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
+        >>> fuse_conv_conv(first, None, second, torch.tensor([5.0]))
+        (tensor([[[ 3., 10.,  8.]]]), tensor([5.]))
+    """
+    op = "fuse_conv_conv"
+    check_pair(op, first_weight, second_weight)
+    first = _settings(
+        op,
+        "first",
+        first_weight,
+        first_bias,
+        first_stride,
+        first_padding,
+        first_dilation,
+        first_groups,
+        first_transposed,
+        first_output_padding,
+        first_padding_mode,
+    )
+    second = _settings(
+        op,
+        "second",
+        second_weight,
+        second_bias,
+        second_stride,
+        second_padding,
+        second_dilation,
+        second_groups,
+        second_transposed,
+        second_output_padding,
+        second_padding_mode,
+    )
+    return merge_weights(
+        compose(op, first, second), first_weight, first_bias, second_weight, second_bias
+    )
+
+
+def merge_weights(
+    merge: Merge,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The weight and bias of a merged convolution whose settings linfuse_ext.composition made.
+
+    Args:
+        merge: What composition.compose returned for the two layers.
+        first_weight: As for fuse_conv_conv; likewise the rest.
+        first_bias: See fuse_conv_conv.
+        second_weight: See fuse_conv_conv.
+        second_bias: See fuse_conv_conv.
+
+    Returns:
+        Weight and bias, of the dtype of `first_weight`.
+    """
+    first, second = merge.first, merge.second
+    if merge.turn_first:
+        first_weight = torch_engine.turn(first_weight, first.groups)
+    if merge.turn_second:
+        second_weight = torch_engine.turn(second_weight, second.groups)
+    if not merge.result.transposed:
+        weight, bias = torch.ops.linfuse.fuse_conv_conv(
+            first_weight,
+            first_bias,
+            second_weight,
+            second_bias,
+            first.stride,
+            first.dilation,
+            first.groups,
+            second.dilation,
+            second.groups,
+        )
+        return weight, bias
+    # A transposed convolution is the adjoint of the convolution of the same weight, and the adjoint
+    # of two maps in a row is that of the second, then that of the first.
+    weight, _ = torch.ops.linfuse.fuse_conv_conv(
+        second_weight,
+        None,
+        first_weight,
+        None,
+        second.stride,
+        second.dilation,
+        second.groups,
+        first.dilation,
+        first.groups,
+    )
+    bias = torch.zeros(second.out_channels, dtype=torch.float64, device=first_weight.device)
+    if first_bias is not None:
+        forward = torch_engine.turn(second_weight.double(), second.groups)
+        bias = torch_engine.carried_bias(first_bias.double(), forward, second.groups)
+    if second_bias is not None:
+        bias = bias + second_bias.double()
+    return weight, bias.to(first_weight.dtype)

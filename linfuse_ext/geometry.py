@@ -155,10 +155,9 @@ def _output_size(
     return tuple(sizes)
 
 
-def make_geometry(
+def make_settings(
     op: str,
     weight_size: Sequence[int],
-    input_size: Any,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
@@ -167,12 +166,11 @@ def make_geometry(
     output_padding: Any = 0,
     padding_mode: str = "zeros",
 ) -> Geometry:
-    """Checks the arguments of an op and spells them out per axis.
+    """Checks the settings of a convolution, all that is fixed before its input size is.
 
     Args:
         op: The op's name, for messages.
         weight_size: Shape of the convolution's weight, channels first.
-        input_size: Spatial size of the convolution's input, an int or one per axis.
         stride: An int or one per axis.
         padding: An int, one per axis, a (low, high) pair per axis flattened, 'same' or 'valid'.
         dilation: An int or one per axis.
@@ -182,7 +180,7 @@ def make_geometry(
         padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
 
     Returns:
-        The geometry, output size included.
+        A geometry spelled out per axis, with empty input_size and output_size.
 
     Raises:
         TypeError: An argument is not of the type said above.
@@ -220,7 +218,7 @@ def make_geometry(
     steps = _per_axis(op, "stride", stride, axes, 1)
     spread = _per_axis(op, "dilation", dilation, axes, 1)
     geometry = Geometry(
-        input_size=_per_axis(op, "input_size", input_size, axes, 1),
+        input_size=(),
         kernel_size=kernel_size,
         output_size=(),
         stride=steps,
@@ -233,33 +231,56 @@ def make_geometry(
         in_channels=shape[0] if transposed else shape[1] * groups,
         out_channels=shape[1] * groups if transposed else shape[0],
     )
+    _check_output_padding(op, geometry)
+    return geometry
+
+
+def make_geometry(
+    op: str, weight_size: Sequence[int], input_size: Any, *settings: Any, **named: Any
+) -> Geometry:
+    """Checks the arguments of an op and spells them out per axis.
+
+    Args:
+        op: The op's name, for messages.
+        weight_size: Shape of the convolution's weight, channels first.
+        input_size: Spatial size of the convolution's input, an int or one per axis.
+        *settings: As make_settings takes them, from `stride` on.
+        **named: Likewise, by name.
+
+    Returns:
+        The geometry, output size included.
+
+    Raises:
+        TypeError: An argument is not of the type that it must be.
+        ValueError: An argument breaks a requirement; the message names it and its value.
+    """
+    geometry = make_settings(op, weight_size, *settings, **named)
+    axes = len(geometry.kernel_size)
+    geometry = geometry._replace(input_size=_per_axis(op, "input_size", input_size, axes, 1))
     _check_padding(op, geometry)
     geometry = geometry._replace(output_size=_output_size(op, geometry))
     _check_fits(op, geometry)
     return geometry
 
 
-def _check_padding(op: str, geometry: Geometry) -> None:
-    for size, (low, high), stride, dilation, extra in zip(
-        geometry.input_size,
-        geometry.padding,
-        geometry.stride,
-        geometry.dilation,
-        geometry.output_padding,
-        strict=True,
+def _check_output_padding(op: str, geometry: Geometry) -> None:
+    for stride, dilation, extra in zip(
+        geometry.stride, geometry.dilation, geometry.output_padding, strict=True
     ):
-        if geometry.transposed:
-            if extra >= stride and extra >= dilation:
-                raise ValueError(
-                    f"{op}: `output_padding` must be smaller than the stride or the dilation, "
-                    f"got {geometry.output_padding}"
-                )
-            continue
-        if extra != 0:
+        if geometry.transposed and extra >= stride and extra >= dilation:
+            raise ValueError(
+                f"{op}: `output_padding` must be smaller than the stride or the dilation, "
+                f"got {geometry.output_padding}"
+            )
+        if not geometry.transposed and extra != 0:
             raise ValueError(
                 f"{op}: `output_padding` must be 0 unless the convolution is transposed, "
                 f"got {geometry.output_padding}"
             )
+
+
+def _check_padding(op: str, geometry: Geometry) -> None:
+    for size, (low, high) in zip(geometry.input_size, geometry.padding, strict=True):
         if geometry.padding_mode == "reflect" and (low >= size or high >= size):
             raise ValueError(
                 f"{op}: `padding` must be smaller than `input_size` in this padding mode, "

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .composition import Conv, compose
 from .functional import Size
+from .geometry import make_settings
 
-__all__ = ["conv_to_linear", "fuse_conv_linear"]
+__all__ = [
+    "conv_to_linear",
+    "fuse_conv_conv",
+    "fuse_conv_linear",
+    "fuse_linear_conv",
+    "fuse_linear_linear",
+]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,6 +83,31 @@ def _make_linear(
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=bias_grad)
     return linear.train(training)
+
+
+def _make_conv(
+    settings: Conv, weight: Tensor, bias: Tensor | None, weight_grad: bool, bias_grad: bool
+) -> nn.Module:
+    kinds = _TRANSPOSED if settings.transposed else _CONVOLUTIONS
+    options: dict[str, Any] = {"output_padding": settings.output_padding}
+    if not settings.transposed:
+        options = {"padding_mode": settings.padding_mode}
+    conv: nn.Module = kinds[len(settings.kernel_size) - 1](
+        settings.in_channels,
+        settings.out_channels,
+        settings.kernel_size,  # type: ignore[arg-type]  # a tuple of as many as there are axes
+        stride=settings.stride,  # type: ignore[arg-type]
+        padding=tuple(low for low, _ in settings.padding),  # type: ignore[arg-type]
+        dilation=settings.dilation,  # type: ignore[arg-type]
+        groups=settings.groups,
+        bias=bias is not None,
+        device="meta",
+        **options,
+    )
+    conv.weight = nn.Parameter(weight, requires_grad=weight_grad)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, requires_grad=bias_grad)
+    return conv
 
 
 def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
@@ -162,3 +195,148 @@ def fuse_conv_linear(conv: nn.Module, linear: nn.Module, input_size: Size) -> nn
         _requires_grad(conv_bias, linear_bias),
         conv.training or linear.training,
     )
+
+
+def fuse_linear_conv(linear: nn.Module, conv: nn.Module, input_size: Size) -> nn.Linear:
+    """Merges a Linear and the convolution layer behind it into one Linear.
+
+    `conv(linear(x).unflatten(1, (C_in, *input_size))).flatten(1) == fused(x)` for every `x` of
+    shape `[N, linear.in_features]`: the first layers of a decoder. The convolution's matrix is
+    never built.
+
+    Args:
+        linear: The Linear whose output is unflattened, of the dtype and on the device of `conv`.
+        conv: A Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d or ConvTranspose3d with any
+            settings. Subclasses are accepted where they compute the same.
+        input_size: Spatial size of the convolution's input, in positions: an int or one per axis.
+
+    Returns:
+        A Linear from `linear.in_features` to `C_out * prod(output_size)` features, without bias
+        where neither layer has one.
+
+    Raises:
+        TypeError: An argument is no such layer, overrides its forward, or has an unsupported dtype.
+        ValueError: `input_size` or the sizes of the layers do not fit, or a layer has hooks or is
+            not initialised.
+
+    Example:
+        >>> linear, conv = torch.nn.Linear(16, 8 * 4 * 4), torch.nn.ConvTranspose2d(8, 3, 4, 2, 1)
+        >>> fused = fuse_linear_conv(linear, conv, (4, 4))
+        >>> fused
+        Linear(in_features=16, out_features=192, bias=True)
+        >>> x = torch.rand(2, 16)
+        >>> y = conv(linear(x).unflatten(1, (8, 4, 4)))
+        >>> torch.allclose(y.flatten(1), fused(x), atol=1e-5)
+        True
+    """
+    op = "fuse_linear_conv"
+    _check_module(op, "linear", linear, (nn.Linear,))
+    _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
+    linear_weight, linear_bias = _parameters(linear)
+    conv_weight, conv_bias = _parameters(conv)
+    with torch.no_grad():
+        weight, bias = functional.fuse_linear_conv(
+            linear_weight, linear_bias, conv_weight, conv_bias, input_size, **_conv_keywords(conv)
+        )
+    return _make_linear(
+        weight,
+        None if conv_bias is None and linear_bias is None else bias,
+        _requires_grad(linear_weight, conv_weight),
+        _requires_grad(linear_bias, conv_bias),
+        linear.training or conv.training,
+    )
+
+
+def fuse_linear_linear(first: nn.Module, second: nn.Module) -> nn.Linear:
+    """Merges two Linears in a row into one: `second(first(x)) == fused(x)`.
+
+    Args:
+        first: A Linear.
+        second: The Linear behind it, of its dtype and on its device.
+
+    Returns:
+        A Linear from `first.in_features` to `second.out_features` features, without bias where
+        neither layer has one.
+
+    Raises:
+        TypeError: An argument is no Linear, overrides its forward, or has an unsupported dtype.
+        ValueError: The sizes do not fit, or a layer has hooks or is not initialised.
+
+    Example:
+        >>> first, second = torch.nn.Linear(3, 50), torch.nn.Linear(50, 2, bias=False)
+        >>> fuse_linear_linear(first, second)
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    op = "fuse_linear_linear"
+    _check_module(op, "first", first, (nn.Linear,))
+    _check_module(op, "second", second, (nn.Linear,))
+    first_weight, first_bias = _parameters(first)
+    second_weight, second_bias = _parameters(second)
+    with torch.no_grad():
+        weight, bias = functional.fuse_linear_linear(
+            first_weight, first_bias, second_weight, second_bias
+        )
+    return _make_linear(
+        weight,
+        None if first_bias is None and second_bias is None else bias,
+        _requires_grad(first_weight, second_weight),
+        _requires_grad(first_bias, second_bias),
+        first.training or second.training,
+    )
+
+
+def _conv_settings(op: str, conv: Any, weight: Tensor, bias: Tensor | None) -> Conv:
+    keywords = _conv_keywords(conv)
+    return Conv.of(make_settings(op, weight.shape, **keywords), bias is not None)
+
+
+def fuse_conv_conv(first: nn.Module, second: nn.Module) -> nn.Module:
+    """Merges two convolution layers in a row into one, for inputs of every size.
+
+    `second(first(x)) == fused(x)`, exactly; where no single convolution does that, a FusionError
+    names the rule that the pair breaks (linfuse_ext/composition.py) and what would work instead.
+    Without padding in the second layer every pair of convolutions merges, whatever the stride,
+    dilation, kernel and groups. The result is as compact as can be: it keeps the dilation and
+    groups that the two have in common.
+
+    Args:
+        first: A Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d or ConvTranspose3d.
+        second: The layer behind it, with as many axes, of its dtype and on its device. Where the
+            two are of different kinds, one of them must have stride 1.
+
+    Returns:
+        A convolution layer of the same number of axes, without bias where neither layer has one.
+
+    Raises:
+        FusionError: There is no exact merge.
+        TypeError: An argument is no such layer, overrides its forward, or has an unsupported dtype.
+        ValueError: The layers do not fit, or a layer has hooks or is not initialised.
+
+    Example:
+        >>> first, second = torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.Conv2d(64, 8, 1)
+        >>> fuse_conv_conv(first, second)
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    """
+    op = "fuse_conv_conv"
+    _check_module(op, "first", first, _CONVOLUTIONS + _TRANSPOSED)
+    _check_module(op, "second", second, _CONVOLUTIONS + _TRANSPOSED)
+    first_weight, first_bias = _parameters(first)
+    second_weight, second_bias = _parameters(second)
+    functional.check_pair(op, first_weight, second_weight)
+    merge = compose(
+        op,
+        _conv_settings(op, first, first_weight, first_bias),
+        _conv_settings(op, second, second_weight, second_bias),
+    )
+    with torch.no_grad():
+        weight, bias = functional.merge_weights(
+            merge, first_weight, first_bias, second_weight, second_bias
+        )
+    fused = _make_conv(
+        merge.result,
+        weight,
+        bias if merge.result.bias else None,
+        _requires_grad(first_weight, second_weight),
+        _requires_grad(first_bias, second_bias),
+    )
+    return fused.train(first.training or second.training)

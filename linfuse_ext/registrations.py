@@ -5,14 +5,14 @@ Importing this module registers them. The formulas:
     conv_to_affine is linear in the weight and in the bias. Its adjoint in the weight is the op
     conv_to_affine_backward, whose own adjoint is conv_to_affine again.
 
-    fuse_conv_linear, fuse_conv_linear_backward_linear and fuse_conv_linear_backward_conv are the
+    fuse_conv_linear, convolve_rows and fuse_conv_linear_backward_conv are the
     three partial derivatives of one trilinear form (torch_engine.py), so that the derivatives of
     each are the other two: derivatives of every order close on these three ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,11 +73,10 @@ def _(
     return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
 
 
-@torch.library.register_fake("linfuse::fuse_conv_linear_backward_linear")
-def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
-    op = "fuse_conv_linear_backward_linear"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    return grad_weight.new_empty(grad_weight.shape[0], geometry.rows)
+@torch.library.register_fake("linfuse::convolve_rows")
+def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    geometry = _geometry("convolve_rows", conv_weight.shape, arguments, keywords)
+    return rows.new_empty(rows.shape[0], geometry.rows)
 
 
 @torch.library.register_fake("linfuse::fuse_conv_linear_backward_conv")
@@ -90,12 +89,12 @@ def _(
 # Ops by torch's convolution -----------------------------------------------------------------------
 
 
-@torch.library.impl("linfuse::fuse_conv_linear_backward_linear", ("cpu", "cuda"))
-def _(grad_weight: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-    op = "fuse_conv_linear_backward_linear"
+@torch.library.impl("linfuse::convolve_rows", ("cpu", "cuda"))
+def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    op = "convolve_rows"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_matrix(op, "grad_weight", grad_weight, grad_weight, geometry.cols)
-    return torch_engine.linear_gradient(conv_weight, grad_weight, geometry).contiguous()
+    _check_matrix(op, "rows", rows, rows, geometry.cols)
+    return torch_engine.convolve_rows(conv_weight, rows, geometry).contiguous()
 
 
 @torch.library.impl("linfuse::fuse_conv_linear_backward_conv", ("cpu", "cuda"))
@@ -137,6 +136,79 @@ def fuse_conv_linear_by_torch(
 
 
 torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
+
+
+# Ops that are compositions of differentiable ones, and so need nothing else -----------------------
+
+
+@torch.library.impl("linfuse::fuse_linear_conv", "CompositeImplicitAutograd")
+def _(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
+    """Each column of the Linear, and its bias, is an image that goes forward."""
+    op = "fuse_linear_conv"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    columns = linear_weight.T
+    _check_matrix(op, "transposed linear_weight", columns, columns, geometry.cols)
+    weight = _OPS.convolve_rows(columns, conv_weight, *arguments, **keywords).T
+    wide = torch.promote_types(conv_weight.dtype, torch.float32)
+    bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
+    if linear_bias is not None:
+        image = linear_bias[None].to(wide)
+        bias = _OPS.convolve_rows(image, conv_weight.to(wide), *arguments, **keywords)[0]
+    if conv_bias is not None:
+        positions = geometry.rows // geometry.out_channels
+        bias = bias + conv_bias.to(wide)[:, None].expand(-1, positions).reshape(-1)
+    return weight.contiguous(), bias.to(conv_weight.dtype)
+
+
+@torch.library.impl("linfuse::fuse_conv_conv", "CompositeImplicitAutograd")
+def _(
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+    first_stride: Sequence[int] = (1,),
+    first_dilation: Sequence[int] = (1,),
+    first_groups: int = 1,
+    second_dilation: Sequence[int] = (1,),
+    second_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The merged kernel and bias, in float64 and rounded once; exactness is the caller's matter."""
+    axes = first_weight.dim() - 2
+    if not 1 <= axes <= 3 or second_weight.dim() != axes + 2:
+        raise ValueError(
+            "fuse_conv_conv: both weights must have the same 3, 4 or 5 dimensions, got shapes "
+            f"{tuple(first_weight.shape)} and {tuple(second_weight.shape)}"
+        )
+    if first_weight.shape[0] != second_weight.shape[1] * second_groups:
+        raise ValueError(
+            f"fuse_conv_conv: `second_weight` must take the {first_weight.shape[0]} channels that "
+            f"the first puts out, got {second_weight.shape[1] * second_groups}"
+        )
+    stride, dilation, second_dilation = (
+        tuple(values) * axes if len(values) == 1 else tuple(values)
+        for values in (first_stride, first_dilation, second_dilation)
+    )
+    weight = torch_engine.composed_kernel(
+        first_weight.double(),
+        second_weight.double(),
+        (dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))),
+        (first_groups, second_groups),
+    )
+    bias = torch.zeros(second_weight.shape[0], dtype=torch.float64, device=second_weight.device)
+    if first_bias is not None:
+        bias = bias + torch_engine.carried_bias(
+            first_bias.double(), second_weight.double(), second_groups
+        )
+    if second_bias is not None:
+        bias = bias + second_bias.double()
+    return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
 
 
 # Autograd -----------------------------------------------------------------------------------------
@@ -198,9 +270,7 @@ def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor 
             grad, linear_weight, conv_weight.shape, *ctx.arguments, **ctx.keywords
         )
     if grad is not None and ctx.needs_input_grad[2]:
-        by_linear_weight = _OPS.fuse_conv_linear_backward_linear(
-            grad, conv_weight, *ctx.arguments, **ctx.keywords
-        )
+        by_linear_weight = _OPS.convolve_rows(grad, conv_weight, *ctx.arguments, **ctx.keywords)
     if grad_bias is not None and ctx.has_linear_bias:
         by_linear_bias = grad_bias
     if grad_bias is not None and conv_bias is not None:
@@ -222,24 +292,24 @@ def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor 
     )
 
 
-def _save_backward_linear(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    grad_weight, conv_weight, *ctx.arguments = inputs
+def _save_convolve_rows(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    rows, conv_weight, *ctx.arguments = inputs
     ctx.keywords = keyword_only_inputs
-    ctx.save_for_backward(grad_weight, conv_weight)
+    ctx.save_for_backward(rows, conv_weight)
 
 
-def _backward_linear_gradient(ctx: Any, grad: Tensor) -> Any:
-    grad_weight, conv_weight = ctx.saved_tensors
-    by_grad_weight = by_conv_weight = None
+def _convolve_rows_gradient(ctx: Any, grad: Tensor) -> Any:
+    rows, conv_weight = ctx.saved_tensors
+    by_rows = by_conv_weight = None
     if ctx.needs_input_grad[0]:
-        by_grad_weight, _ = _OPS.fuse_conv_linear(
+        by_rows, _ = _OPS.fuse_conv_linear(
             conv_weight, None, grad, None, *ctx.arguments, **ctx.keywords
         )
     if ctx.needs_input_grad[1]:
         by_conv_weight = _OPS.fuse_conv_linear_backward_conv(
-            grad_weight, grad, conv_weight.shape, *ctx.arguments, **ctx.keywords
+            rows, grad, conv_weight.shape, *ctx.arguments, **ctx.keywords
         )
-    return by_grad_weight, by_conv_weight, *_none_for(ctx.arguments)
+    return by_rows, by_conv_weight, *_none_for(ctx.arguments)
 
 
 def _save_backward_conv(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -256,9 +326,7 @@ def _backward_conv_gradient(ctx: Any, grad: Tensor) -> Any:
             grad, None, linear_weight, None, *ctx.arguments, **ctx.keywords
         )
     if ctx.needs_input_grad[1]:
-        by_linear_weight = _OPS.fuse_conv_linear_backward_linear(
-            grad_weight, grad, *ctx.arguments, **ctx.keywords
-        )
+        by_linear_weight = _OPS.convolve_rows(grad_weight, grad, *ctx.arguments, **ctx.keywords)
     return by_grad_weight, by_linear_weight, None, *_none_for(ctx.arguments)
 
 
@@ -292,7 +360,7 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _save_conv_to_affine_backward,
     ),
     "fuse_conv_linear": (_fuse_conv_linear_gradient, _save_fuse_conv_linear),
-    "fuse_conv_linear_backward_linear": (_backward_linear_gradient, _save_backward_linear),
+    "convolve_rows": (_convolve_rows_gradient, _save_convolve_rows),
     "fuse_conv_linear_backward_conv": (_backward_conv_gradient, _save_backward_conv),
 }
 

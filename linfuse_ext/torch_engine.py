@@ -3,12 +3,12 @@
 With A(w) the matrix of the convolution with weight w, all three are partial derivatives of one
 trilinear form `phi(w, L, G) = sum_f sum_row sum_col G[f, col] L[f, row] A(w)[row, col]`:
 
-    product          d phi / d G = L @ A(w)        the rows of L taken back through the convolution
-    linear_gradient  d phi / d L = G @ A(w)^T      the rows of G taken forward through it
-    conv_gradient    d phi / d w                   the weight gradient of the convolution
+    product        d phi / d G = L @ A(w)       the rows of L taken back through the convolution
+    convolve_rows  d phi / d L = G @ A(w)^T     the rows of G taken forward through it
+    conv_gradient  d phi / d w                  the weight gradient of the convolution
 
-This is the engine of the adjoint ops everywhere, and of the product on CUDA. L is `[F, rows]`,
-G `[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or torch's
+This is the engine of the last two everywhere, and of the product on CUDA. L is `[F, rows]`, G
+`[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or torch's
 matmul switches allow TF32.
 """
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composition import common_divisor, tap_spacing
 from .geometry import Geometry
 
 
@@ -149,12 +150,12 @@ def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
     return _fold_padding(padded, geometry).reshape(features, -1).to(linear.dtype)
 
 
-def linear_gradient(weight: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    """Returns `grad @ A(weight)^T`, `[F, rows]`."""
-    features = grad.shape[0]
+def convolve_rows(weight: Tensor, rows: Tensor, geometry: Geometry) -> Tensor:
+    """Returns `rows @ A(weight)^T`, `[F, rows]`: each row as an image, through the convolution."""
+    features = rows.shape[0]
     if features == 0:
-        return grad.new_empty(0, geometry.rows)
-    images = grad.reshape(features, geometry.in_channels, *geometry.input_size)
+        return rows.new_empty(0, geometry.rows)
+    images = rows.reshape(features, geometry.in_channels, *geometry.input_size)
     if geometry.transposed:
         images = _crop(_convolve(images, weight, geometry, transposed=True), geometry)
     else:
@@ -192,3 +193,80 @@ def conv_gradient(
         )
     by_weight: Tensor = gradients[1]
     return by_weight
+
+
+def composed_kernel(
+    first: Tensor,
+    second: Tensor,
+    steps: tuple[Sequence[int], Sequence[int]],
+    groups: tuple[int, int],
+) -> Tensor:
+    """The kernel of two convolutions in a row, `[C_out, C_in / gcd(groups), *kernel]`.
+
+    Its taps lie at `k1 step1 + k2 step2`, and their sums over the channels between the layers are
+    what a transposed convolution of the second kernel with the first computes: no kernel need be
+    turned around.
+
+    Args:
+        first: `[C_mid, C_in / groups[0], *k1]`.
+        second: `[C_out, C_mid / groups[1], *k2]`.
+        steps: What an element of each kernel moves by, per axis, in positions of the input.
+        groups: Groups of the two.
+    """
+    axes = first.dim() - 2
+    common = common_divisor(*groups)
+    # Within a common group the layers' own groups are blocks on a diagonal.
+    first = _as_one_group(first, groups[0], common)
+    second = _as_one_group(second, groups[1], common)
+    out_channels, between = second.shape[0] // common, second.shape[1]
+    second = second.reshape(common, out_channels, between, *second.shape[2:]).transpose(0, 1)
+    apart = tap_spacing((first.shape[2:], second.shape[3:]), steps)
+    # In units of the spacing; the step of a kernel of one element plays no part.
+    stride, dilation = (
+        [max(1, step // unit) for step, unit in zip(each, apart, strict=True)]
+        for each in (steps[1], steps[0])
+    )
+    kernel: Tensor = torch.ops.aten.convolution(
+        second.reshape(out_channels, common * between, *second.shape[3:]),
+        first,
+        None,
+        stride,
+        [0] * axes,
+        dilation,
+        True,
+        [0] * axes,
+        common,
+    )
+    in_channels = kernel.shape[1] // common
+    kernel = kernel.reshape(out_channels, common, in_channels, *kernel.shape[2:]).transpose(0, 1)
+    return kernel.reshape(common * out_channels, in_channels, *kernel.shape[3:])
+
+
+def _as_one_group(weight: Tensor, groups: int, common: int) -> Tensor:
+    """A weight of `groups` groups as one of `common`, a divisor; what the groups lack is zero."""
+    blocks = groups // common
+    if blocks == 1:
+        return weight
+    out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
+    grouped = weight.reshape(common, blocks, out_channels, 1, in_channels, *weight.shape[2:])
+    chosen = torch.eye(blocks, dtype=torch.bool, device=weight.device)
+    chosen = chosen.reshape(1, blocks, 1, blocks, *[1] * (weight.dim() - 1))
+    dense = torch.where(chosen, grouped, 0)
+    return dense.reshape(weight.shape[0], blocks * in_channels, *weight.shape[2:])
+
+
+def carried_bias(first_bias: Tensor, second: Tensor, groups: int) -> Tensor:
+    """What the bias of the first layer adds behind the second, `[C_out]`, away from padding."""
+    sums = second.flatten(2).sum(2).reshape(groups, -1, second.shape[1])
+    return (sums @ first_bias.reshape(groups, -1, 1)).reshape(-1)
+
+
+def turn(weight: Tensor, groups: int) -> Tensor:
+    """The weight of a stride-1 convolution as that of a transposed one, or back.
+
+    `[C_out, C_in / groups, *kernel]` becomes `[C_in, C_out / groups, *kernel]` and vice versa, with
+    the kernel turned around.
+    """
+    grouped = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    turned = grouped.reshape(-1, grouped.shape[2], *weight.shape[2:])
+    return turned.flip(list(range(2, weight.dim())))

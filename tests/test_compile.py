@@ -151,7 +151,7 @@ def test_aot_inductor_packages_the_derivatives(tmp_path: Any) -> None:
                 outputs.append(
                     (
                         ops.conv_to_affine_backward(grad_matrix, size, *arguments, **keywords),
-                        ops.fuse_conv_linear_backward_linear(grad, weight, *arguments, **keywords),
+                        ops.convolve_rows(grad, weight, *arguments, **keywords),
                         ops.fuse_conv_linear_backward_conv(
                             grad, linear, size, *arguments, **keywords
                         ),

@@ -140,8 +140,8 @@ DIRECT = [
     (direct_fused(conv_bias=torch.ones(5)), "`conv_bias` must have shape (4,), got (5,)"),
     (lambda: torch.ops.linfuse.conv_to_affine_backward(torch.ones(3, 3), [4, 2, 3, 3], [6, 5]),
      "`grad_matrix` must have shape (48, 60), got (3, 3)"),
-    (lambda: torch.ops.linfuse.fuse_conv_linear_backward_linear(torch.ones(3, 3), WEIGHT, [6, 5]),
-     "`grad_weight` must have shape (F, 60), got (3, 3)"),
+    (lambda: torch.ops.linfuse.convolve_rows(torch.ones(3, 3), WEIGHT, [6, 5]),
+     "`rows` must have shape (F, 60), got (3, 3)"),
     (lambda: torch.ops.linfuse.fuse_conv_linear_backward_conv(
         torch.ones(3, 60), torch.ones(3, 47), [4, 2, 3, 3], [6, 5]),
      "`linear_weight` must have shape (3, 48), got (3, 47)"),

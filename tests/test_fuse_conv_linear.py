@@ -186,7 +186,7 @@ def test_derivatives_of_the_adjoints(case: Case, op: str, device: str) -> None:
     arguments, keywords = geometry.op_arguments, geometry.op_keywords
 
     def linear(grad, weight):
-        return torch.ops.linfuse.fuse_conv_linear_backward_linear(
+        return torch.ops.linfuse.convolve_rows(
             grad, weight, *arguments, **keywords
         )
 
@@ -242,7 +242,7 @@ def test_opcheck_of_the_adjoints(case: Case, device: str) -> None:
     conv_weight, _, linear_weight, _ = operands(case, torch.float32, device=device)
     grad = torch.randn(FEATURES, geometry.cols, device=device, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.linfuse.fuse_conv_linear_backward_linear.default,
+        torch.ops.linfuse.convolve_rows.default,
         (grad, conv_weight.requires_grad_(), *geometry.op_arguments),
         geometry.op_keywords,
         rtol=1e-4,

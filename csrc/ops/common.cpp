@@ -83,6 +83,17 @@ CudaScope::CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
+Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words) {
+  const auto count = static_cast<int64_t>(words.size());
+  // copy_ reads the words before it returns, and does not write them.
+  const Tensor host = torch::stable::from_blob(
+      const_cast<int64_t*>(words.data()), {count}, {1},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Long);
+  Tensor card = allocate(op, like, {count}, ScalarType::Long);
+  torch::stable::copy_(card, host);
+  return card;
+}
+
 void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));

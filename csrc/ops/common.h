@@ -61,6 +61,9 @@ class CudaScope {
   cudaStream_t stream_ = nullptr;
 };
 
+// The small tables of a kernel, on the card of `like`.
+Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words);
+
 // Turns a launcher's error into an exception that names the op.
 void check_cuda(const char* op, cudaError_t error);
 #endif

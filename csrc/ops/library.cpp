@@ -17,12 +17,27 @@ STABLE_TORCH_LIBRARY(linfuse, m) {
   m.def("conv_to_affine_backward(Tensor grad_matrix, SymInt[] weight_size, " LINFUSE_GEOMETRY
         ", SymInt[]? rows=None) -> Tensor grad_weight");
 
+  m.def("conv_to_csr(Tensor weight, " LINFUSE_GEOMETRY
+        ", SymInt[]? rows=None, bool index32=False) "
+        "-> (Tensor values, Tensor columns, Tensor row_pointers)");
+  m.def("conv_to_csr_backward(Tensor grad_values, SymInt[] weight_size, " LINFUSE_GEOMETRY
+        ", SymInt[]? rows=None) -> Tensor grad_weight");
+
   m.def(
       "fuse_conv_linear(Tensor conv_weight, Tensor? conv_bias, Tensor linear_weight, "
       "Tensor? linear_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
-  m.def("fuse_conv_linear_backward_linear(Tensor grad_weight, Tensor conv_weight, " LINFUSE_GEOMETRY
-        ") -> Tensor grad_linear_weight");
+  m.def("convolve_rows(Tensor rows, Tensor conv_weight, " LINFUSE_GEOMETRY
+        ") -> Tensor convolved");
   m.def(
       "fuse_conv_linear_backward_conv(Tensor grad_weight, Tensor linear_weight, "
       "SymInt[] weight_size, " LINFUSE_GEOMETRY ") -> Tensor grad_conv_weight");
+
+  m.def(
+      "fuse_linear_conv(Tensor linear_weight, Tensor? linear_bias, Tensor conv_weight, "
+      "Tensor? conv_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
+  m.def(
+      "fuse_conv_conv(Tensor first_weight, Tensor? first_bias, Tensor second_weight, "
+      "Tensor? second_bias, SymInt[1] first_stride=1, SymInt[1] first_dilation=1, "
+      "SymInt first_groups=1, SymInt[1] second_dilation=1, SymInt second_groups=1) "
+      "-> (Tensor weight, Tensor bias)");
 }

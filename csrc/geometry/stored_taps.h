@@ -1,0 +1,181 @@
+// Where the elements of the matrix lie when only the taps are stored, row by row and by ascending
+// column.
+//
+// The taps of a row are the Cartesian product of the taps of its axes, once per input channel of
+// its group. So all counts are products, and the elements before a row need no pass over the rows:
+//
+//   before(c_out, o) = C (c_out T0 T1 T2 + P0(o0) T1 T2 + n0(o0) (P1(o1) T2 + n1(o1) P2(o2)))
+//
+//   C        input channels per group
+//   n_a(o)   groups of taps of output position o on axis a: the input positions that it reads
+//   P_a(o)   those of all positions before o, which is AxisTaps::start
+//   T_a      those of all positions
+//   slot     which of the groups of its output position a tap is in, on each axis
+//
+// The views are plain pointers, so that a kernel on a card can take them; the tables own the words
+// that they point into, as one block that one copy takes there.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "axis_taps.h"
+#include "geometry.h"
+
+namespace linfuse {
+
+struct StoredRows {
+  const int64_t* start[kAxes];  // [out + 1], AxisTaps::start by row
+
+  LINFUSE_HD int64_t count(int a, int64_t o) const { return start[a][o + 1] - start[a][o]; }
+
+  // Elements of one input channel in the row of o.
+  LINFUSE_HD int64_t per_channel(const Position& o) const {
+    return count(0, o.at[0]) * count(1, o.at[1]) * count(2, o.at[2]);
+  }
+
+  // Elements in all rows before (c_out, o).
+  LINFUSE_HD int64_t before(const Geometry& g, int64_t c_out, const Position& o) const {
+    const int64_t total1 = start[1][g.axis[1].out];
+    const int64_t total2 = start[2][g.axis[2].out];
+    const int64_t planes = c_out * start[0][g.axis[0].out] + start[0][o.at[0]];
+    const int64_t lines = start[1][o.at[1]] * total2 + count(1, o.at[1]) * start[2][o.at[2]];
+    return g.in_channels_per_group() * (planes * total1 * total2 + count(0, o.at[0]) * lines);
+  }
+
+  // The same for a row by its number; rows() itself is allowed, and gives all elements.
+  LINFUSE_HD int64_t before(const Geometry& g, int64_t row) const {
+    return before(g, row / g.out_positions(), out_position(g, row % g.out_positions()));
+  }
+
+  // Where one element lies; c_in counts within the group of c_out.
+  LINFUSE_HD int64_t index(const Geometry& g, int64_t c_out, int64_t c_in, const Position& o,
+                           const Position& slot) const {
+    const int64_t within =
+        (slot.at[0] * count(1, o.at[1]) + slot.at[1]) * count(2, o.at[2]) + slot.at[2];
+    return before(g, c_out, o) + c_in * per_channel(o) + within;
+  }
+};
+
+// The taps of a row: AxisTaps by row, as pointers.
+struct RowTaps {
+  StoredRows stored;
+  const TapGroup* groups[kAxes];
+  const int64_t* kernel[kAxes];
+
+  LINFUSE_HD const TapGroup* begin(int a, int64_t o) const {
+    return groups[a] + stored.start[a][o];
+  }
+  LINFUSE_HD const TapGroup* end(int a, int64_t o) const {
+    return groups[a] + stored.start[a][o + 1];
+  }
+};
+
+struct TapUse {
+  int64_t o;
+  int64_t slot;
+};
+
+// The taps of a kernel element: on each axis, the output positions that use it, ascending.
+struct KernelTaps {
+  StoredRows stored;
+  const int64_t* start[kAxes];  // [kernel + 1]: uses[start[k] .. start[k + 1]) belong to k
+  const TapUse* uses[kAxes];
+
+  LINFUSE_HD const TapUse* begin(int a, int64_t k) const { return uses[a] + start[a][k]; }
+  LINFUSE_HD const TapUse* end(int a, int64_t k) const { return uses[a] + start[a][k + 1]; }
+};
+
+namespace detail {
+
+// Appends a table to a block of words and returns where it starts.
+template <typename Entry>
+size_t append(std::vector<int64_t>& words, const std::vector<Entry>& table) {
+  static_assert(sizeof(Entry) % sizeof(int64_t) == 0, "tables are made of 64-bit words");
+  const size_t at = words.size();
+  words.resize(at + table.size() * sizeof(Entry) / sizeof(int64_t));
+  if (!table.empty()) std::memcpy(words.data() + at, table.data(), table.size() * sizeof(Entry));
+  return at;
+}
+
+}  // namespace detail
+
+class RowTables {
+ public:
+  explicit RowTables(const Geometry& g) {
+    for (int a = 0; a < kAxes; ++a) {
+      const AxisTaps taps = taps_by_row(g, a);
+      start_[a] = detail::append(words_, taps.start);
+      groups_[a] = detail::append(words_, taps.groups);
+      kernel_[a] = detail::append(words_, taps.kernel);
+    }
+  }
+
+  const std::vector<int64_t>& words() const { return words_; }
+  RowTaps view() const { return view(words_.data()); }
+
+  // The tables as they lie in a copy of words().
+  RowTaps view(const int64_t* words) const {
+    RowTaps taps;
+    for (int a = 0; a < kAxes; ++a) {
+      taps.stored.start[a] = words + start_[a];
+      taps.groups[a] = reinterpret_cast<const TapGroup*>(words + groups_[a]);
+      taps.kernel[a] = words + kernel_[a];
+    }
+    return taps;
+  }
+
+ private:
+  std::vector<int64_t> words_;
+  size_t start_[kAxes];
+  size_t groups_[kAxes];
+  size_t kernel_[kAxes];
+};
+
+class KernelTables {
+ public:
+  explicit KernelTables(const Geometry& g) {
+    for (int a = 0; a < kAxes; ++a) {
+      const AxisTaps taps = taps_by_row(g, a);
+      std::vector<int64_t> start(static_cast<size_t>(g.axis[a].kernel) + 1, 0);
+      for (int64_t k : taps.kernel) ++start[static_cast<size_t>(k) + 1];
+      for (size_t k = 1; k < start.size(); ++k) start[k] += start[k - 1];
+      std::vector<TapUse> uses(taps.kernel.size());
+      std::vector<int64_t> next = start;
+      for (int64_t o = 0; o < g.axis[a].out; ++o) {
+        for (const TapGroup* group = taps.begin(o); group != taps.end(o); ++group) {
+          for (int64_t n = group->first; n < group->last; ++n) {
+            const auto k = static_cast<size_t>(taps.kernel[static_cast<size_t>(n)]);
+            uses[static_cast<size_t>(next[k]++)] = {o, group - taps.begin(o)};
+          }
+        }
+      }
+      stored_[a] = detail::append(words_, taps.start);
+      start_[a] = detail::append(words_, start);
+      uses_[a] = detail::append(words_, uses);
+    }
+  }
+
+  const std::vector<int64_t>& words() const { return words_; }
+  KernelTaps view() const { return view(words_.data()); }
+
+  // The tables as they lie in a copy of words().
+  KernelTaps view(const int64_t* words) const {
+    KernelTaps taps;
+    for (int a = 0; a < kAxes; ++a) {
+      taps.stored.start[a] = words + stored_[a];
+      taps.start[a] = words + start_[a];
+      taps.uses[a] = reinterpret_cast<const TapUse*>(words + uses_[a]);
+    }
+    return taps;
+  }
+
+ private:
+  std::vector<int64_t> words_;
+  size_t stored_[kAxes];
+  size_t start_[kAxes];
+  size_t uses_[kAxes];
+};
+
+}  // namespace linfuse
