@@ -52,6 +52,22 @@ py::dict build_info() {
 // (position, kernel element) of every tap of one position, seen from its row or its column.
 using TapList = std::vector<std::pair<int64_t, int64_t>>;
 
+std::vector<TapList> taps_by_column(const Geometry& g, int axis) {
+  std::vector<TapList> lists;
+  PositionTaps taps;
+  for (int64_t i = 0; i < g.axis[axis].in; ++i) {
+    taps.list_by_column(g, axis, i);
+    TapList list;
+    for (const TapGroup& group : taps.groups) {
+      for (int64_t n = group.first; n < group.last; ++n) {
+        list.emplace_back(group.position, taps.kernel[static_cast<size_t>(n)]);
+      }
+    }
+    lists.push_back(std::move(list));
+  }
+  return lists;
+}
+
 std::vector<TapList> tap_lists(const AxisTaps& table) {
   std::vector<TapList> lists;
   for (int64_t p = 0; p + 1 < static_cast<int64_t>(table.start.size()); ++p) {
@@ -94,9 +110,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("axis"))
       .def(
           "taps_by_column",
-          [](const Geometry& g, int axis) {
-            return linfuse::tap_lists(linfuse::taps_by_column(g, axis));
-          },
+          [](const Geometry& g, int axis) { return linfuse::taps_by_column(g, axis); },
           py::arg("axis"));
 
   m.def(

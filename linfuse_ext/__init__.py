@@ -17,6 +17,7 @@ _C = _loader.load()
 # These need the ops that the compiled module defines.
 from . import functional  # noqa: E402
 from . import registrations as _registrations  # noqa: E402, F401
+from .batch_norm import fuse_bn, fuse_bn_into  # noqa: E402
 from .errors import FusionError  # noqa: E402
 from .modules import (  # noqa: E402
     conv_to_linear,
@@ -25,14 +26,20 @@ from .modules import (  # noqa: E402
     fuse_linear_conv,
     fuse_linear_linear,
 )
+from .pooling import pool_to_conv  # noqa: E402
+from .storage import save_matrix  # noqa: E402
 
 __all__ = [
     "FusionError",
     "__version__",
     "conv_to_linear",
     "functional",
+    "fuse_bn",
+    "fuse_bn_into",
     "fuse_conv_conv",
     "fuse_conv_linear",
     "fuse_linear_conv",
     "fuse_linear_linear",
+    "pool_to_conv",
+    "save_matrix",
 ]

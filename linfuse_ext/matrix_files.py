@@ -89,8 +89,13 @@ class BlockedMatrix(NamedTuple):
         return (self.stored + rows) * item + (self.stored + rows + 1) * self.index_dtype.itemsize
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """The blocks, as (start, stop) of their rows."""
-        rows, step = self.geometry.rows, self.block_bytes // self.row_bytes
+        """The blocks, as (start, stop) of their rows, all of about the same size.
+
+        Of the default size, they are large enough for the C library to give them back when freed.
+        """
+        rows = self.geometry.rows
+        count = -(-rows // (self.block_bytes // self.row_bytes))
+        step = -(-rows // count)
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 

@@ -128,7 +128,8 @@ def save_matrix(
         dtype: What the layer's parameters are converted to first: float32, float64, float16 or (not
             in .npz) bfloat16; their own if None.
         layout: torch.strided or torch.sparse_csr.
-        block_bytes: The most memory that one block of rows may take.
+        block_bytes: The most memory that one block of rows may take. With less than the default the
+            C library may keep some freed blocks, up to about 100 MiB.
         progress: Whether to draw a progress bar, if rich is installed and the standard error is a
             terminal.
 
@@ -139,10 +140,12 @@ def save_matrix(
         OSError: The disk has not enough room, or `path` cannot be written.
 
     Example:
+        >>> import tempfile
         >>> from safetensors.torch import load_file
+        >>> folder = tempfile.TemporaryDirectory()
         >>> conv = torch.nn.Conv2d(2, 5, 3, padding=1)
-        >>> save_matrix(folder / "conv.safetensors", conv, (6, 7))
-        >>> tensors = load_file(folder / "conv.safetensors")
+        >>> save_matrix(folder.name + "/conv.safetensors", conv, (6, 7))
+        >>> tensors = load_file(folder.name + "/conv.safetensors")
         >>> x = torch.rand(4, 2, 6, 7)
         >>> y = x.flatten(1) @ tensors["matrix"].T + tensors["offset"]
         >>> torch.allclose(conv(x).flatten(1), y, atol=1e-6)

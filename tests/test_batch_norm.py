@@ -193,6 +193,19 @@ def test_float32_against_the_layers() -> None:
         assert layer is LAYERS[name]
 
 
+def test_stays_on_its_device(device: str) -> None:
+    layer, bn = fresh("ConvTranspose2d grouped").to(device), make_bn(6, 2).to(device)
+    x = image(layer, torch.float32).to(device)
+    fused = fuse_bn(layer, bn)
+    assert fused.weight.device == fused.bias.device == x.device
+    torch.testing.assert_close(fused(x), bn(layer(x)), rtol=1e-4, atol=1e-4)
+    before, linear = make_bn(4, 1).to(device), fresh("Linear").to(device)
+    x = image(linear, torch.float32).to(device)
+    torch.testing.assert_close(
+        fuse_bn_into(before, linear)(x), linear(before(x)), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("name", ["ConvTranspose2d grouped", "ConvTranspose2d square groups"])
 def test_grouped_transposed_where_torch_goes_wrong(name: str) -> None:
     """The scale belongs to (group, channel), which torch lays along the weight's second axis."""

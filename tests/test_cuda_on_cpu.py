@@ -159,9 +159,45 @@ def backward_call(case: Case, dtype: torch.dtype, schedule: Schedule, **options)
     return "conv_to_affine_backward", (schedule, problem, to_numpy(grad_matrix.to(dtype)))
 
 
+@functools.cache
+def expected_csr(case: Case, rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns values, columns and row pointers, by the places that a matrix of ones has."""
+    ones = torch.ones(case.weight_size, dtype=torch.float64)
+    places, _ = reference.conv_to_affine(ones, None, *case.arguments(), **case.keywords())
+    csr = places[slice(*rows)].to_sparse_csr()
+    matrix = expected(case)[2][slice(*rows)]
+    row, column = csr.to_sparse_coo().indices()
+    return matrix[row, column], csr.col_indices(), csr.crow_indices()
+
+
+def csr_call(case: Case, dtype: torch.dtype, schedule: Schedule, **options) -> Call:
+    problem = problem_of(case, dtype, **options)
+    values, _, _ = expected_csr(case, problem.rows)
+    # Which index type does not depend on the dtype: between them the dtypes see both.
+    index32 = dtype in (torch.float32, torch.float16)
+    weight = to_numpy(expected(case)[0].to(dtype))
+    return "conv_to_csr", (schedule, problem, weight, values.numel(), index32)
+
+
+def csr_backward_call(case: Case, dtype: torch.dtype, schedule: Schedule, **options) -> Call:
+    problem = problem_of(case, dtype, **options)
+    grad_matrix, _ = expected_backward(case, problem.rows)
+    _, columns, row_pointers = expected_csr(case, problem.rows)
+    row = torch.arange(grad_matrix.shape[0]).repeat_interleave(row_pointers.diff())
+    grad_values = grad_matrix[row, columns].to(dtype)
+    return "conv_to_csr_backward", (schedule, problem, to_numpy(grad_values))
+
+
 def check(case: Case, dtype: torch.dtype, call: Call, outputs: tuple[np.ndarray, ...]) -> None:
     """Compares with the reference, to the last bit."""
     name, (_, problem, *_) = call
+    if name == "conv_to_csr":
+        exact, *places = expected_csr(case, problem.rows)
+        values, *indices = outputs
+        assert torch.equal(to_torch(values, dtype), exact.to(dtype))
+        for output, wanted in zip(indices, places, strict=True):
+            assert np.array_equal(output, wanted.numpy())
+        return
     if name == "conv_to_affine":
         exact = tuple(tensor[slice(*problem.rows)] for tensor in expected(case)[2:])
     else:
@@ -205,7 +241,12 @@ def run(kernels: Kernels, call: Call) -> tuple[np.ndarray, ...]:
 
 
 def test_every_cuda_source_is_run_here() -> None:
-    launchers = {"conv_to_affine_cuda.cu", "conv_to_affine_backward_cuda.cu"}
+    launchers = {
+        "conv_to_affine_cuda.cu",
+        "conv_to_affine_backward_cuda.cu",
+        "conv_to_csr_cuda.cu",
+        "conv_to_csr_backward_cuda.cu",
+    }
     assert {path.name for path in kernel_sources()} == launchers, "see cuda_on_cpu/README.md"
 
 
@@ -230,6 +271,19 @@ def test_conv_to_affine_backward(kernels: Kernels, case: Case, dtype: torch.dtyp
     check(case, dtype, call, run(kernels, call))
 
 
+@pytest.mark.parametrize("make_call", [csr_call, csr_backward_call])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_conv_to_csr(
+    kernels: Kernels, case: Case, dtype: torch.dtype, make_call: Callable[..., Call]
+) -> None:
+    for schedule in SCHEDULES if dtype == torch.float32 else SCHEDULES[2:3]:
+        call = make_call(case, dtype, schedule)
+        check(case, dtype, call, run(kernels, call))
+    call = make_call(case, dtype, FORWARD, rows=some_rows(case))
+    check(case, dtype, call, run(kernels, call))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     case = BY_NAME["plain3x3"]
@@ -238,6 +292,10 @@ def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     problem = problem_of(case, dtype, rows=(5, 5))
     nothing = np.zeros((0, problem.cols), problem.storage)
     (grad_weight,) = kernels.conv_to_affine_backward(FORWARD, problem, nothing)
+    assert not grad_weight.any()
+    values, columns, row_pointers = run(kernels, csr_call(case, dtype, FORWARD, rows=(5, 5)))
+    assert values.size == columns.size == 0 and row_pointers.tolist() == [0]
+    (grad_weight,) = kernels.conv_to_csr_backward(FORWARD, problem, values)
     assert not grad_weight.any()
 
 
@@ -262,6 +320,9 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
     for case in CASES:
         for dtype in DTYPES if expected(case)[0].numel() < 500 else [torch.bfloat16]:
             jobs.append((case, dtype, backward_call(case, dtype, schedule)))
+            jobs.append((case, dtype, csr_call(case, dtype, schedule)))
+            jobs.append((case, dtype, csr_call(case, dtype, schedule, rows=some_rows(case))))
+            jobs.append((case, dtype, csr_backward_call(case, dtype, schedule)))
     results, said = run_sanitized(sanitized, [call for _, _, call in jobs], tmp_path)
     assert results, said
     for job, outputs in zip(jobs, results, strict=True):
@@ -279,6 +340,8 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
         ("conv_to_affine_cuda.cu", 1, forward_call),
         ("conv_to_affine_backward_cuda.cu", 0, backward_call),
         ("conv_to_affine_backward_cuda.cu", 1, backward_call),
+        ("conv_to_csr_backward_cuda.cu", 0, csr_backward_call),
+        ("conv_to_csr_backward_cuda.cu", 1, csr_backward_call),
     ],
 )
 def test_taking_a_barrier_away_is_noticed(

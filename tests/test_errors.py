@@ -59,7 +59,7 @@ VALUES = [
     (affine(rows=(0, 49)), "`rows` must be (start, stop) with 0 <= start <= stop <= 48, got (0, 49)"),
     (affine(rows=(3, 2)), "`rows` must be (start, stop) with 0 <= start <= stop <= 48, got (3, 2)"),
     (affine(rows=(-1, 2)), "got (-1, 2)"),
-    (affine(layout=torch.sparse_bsr), "`layout` must be torch.strided, got torch.sparse_bsr"),
+    (affine(layout=torch.sparse_bsr), "`layout` must be torch.strided, torch.sparse_csr or torch.sparse_coo, got torch.sparse_bsr"),
     (affine((2**62, 2**62), 2**62), "the sizes must fit in 63 bits"),
     (affine((2**70, 5)), "the sizes must fit in 63 bits"),
     (affine((2**31, 2**31)), "the sizes must fit in 63 bits"),

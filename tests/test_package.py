@@ -14,14 +14,27 @@ import pytest
 import torch
 
 import linfuse_ext
-from linfuse_ext import _C, _loader, functional, geometry, info, modules, reference
+from linfuse_ext import (
+    _C,
+    _loader,
+    batch_norm,
+    functional,
+    geometry,
+    info,
+    modules,
+    pooling,
+    reference,
+    storage,
+)
 from linfuse_ext.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "module", [functional, modules, reference, geometry, info], ids=lambda m: m.__name__
+    "module",
+    [functional, modules, batch_norm, pooling, storage, reference, geometry, info],
+    ids=lambda m: m.__name__,
 )
 def test_examples_in_docstrings(module) -> None:
     torch.manual_seed(0)

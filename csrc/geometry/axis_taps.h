@@ -1,9 +1,12 @@
-// The taps of one axis, listed once per call so that no kernel loop divides or tests for padding.
+// The taps of an axis, listed so that no kernel loop divides or tests for padding.
 //
-// Seen from a row, taps_by_row(g, a) lists for every o the input positions i that it reads; seen
-// from a column, taps_by_column(g, a) lists for every i the output positions o that read it. Taps
-// that meet in one pair (o, i), as circular, reflect and replicate padding make them, form one
-// group. The taps of a convolution are the Cartesian product of the taps of its axes.
+// Seen from a row, the taps of an output position are the input positions that it reads; seen from
+// a column, those of an input position are the output positions that read it. Taps that meet in one
+// pair (o, i), as circular, reflect and replicate padding make them, form one group. The taps of a
+// convolution are the Cartesian product of the taps of its axes.
+//
+// PositionTaps lists one position, and costs as much time and memory as it has taps; AxisTaps lists
+// a range of them at once.
 #pragma once
 
 #include <algorithm>
@@ -17,83 +20,126 @@ namespace linfuse {
 
 struct TapGroup {
   int64_t position;  // on the other side of the map
-  int64_t first;     // kernel elements AxisTaps::kernel[first .. last)
+  int64_t first;     // kernel elements kernel[first .. last) of the list
   int64_t last;
 };
 
-struct AxisTaps {
-  std::vector<int64_t> start;    // groups[start[p] .. start[p + 1]) belong to position p
-  std::vector<TapGroup> groups;  // ascending position within each p
+class PositionTaps {
+ public:
+  std::vector<TapGroup> groups;  // ascending position
   std::vector<int64_t> kernel;   // ascending within each group
 
-  const TapGroup* begin(int64_t p) const { return groups.data() + start[static_cast<size_t>(p)]; }
-  const TapGroup* end(int64_t p) const { return groups.data() + start[static_cast<size_t>(p) + 1]; }
-
-  int64_t most_taps() const {
-    int64_t most = 0;
-    for (size_t p = 0; p + 1 < start.size(); ++p) {
-      int64_t taps = 0;
-      for (int64_t n = start[p]; n < start[p + 1]; ++n) {
-        taps += groups[static_cast<size_t>(n)].last - groups[static_cast<size_t>(n)].first;
-      }
-      most = std::max(most, taps);
-    }
-    return most;
+  void list_by_row(const Geometry& g, int a, int64_t o) {
+    g.transposed ? list_from_fine(g, a, o) : list_from_coarse(g, a, o);
   }
-};
+  void list_by_column(const Geometry& g, int a, int64_t i) {
+    g.transposed ? list_from_coarse(g, a, i) : list_from_fine(g, a, i);
+  }
 
-namespace detail {
+ private:
+  struct Tap {
+    int64_t to;
+    int64_t k;
+    bool operator<(const Tap& other) const { return to != other.to ? to < other.to : k < other.k; }
+  };
 
-struct Tap {
-  int64_t from;
-  int64_t to;
-  int64_t k;
-};
-
-inline AxisTaps list_taps(const Geometry& g, int a, bool from_coarse) {
-  std::vector<Tap> taps;
-  for (int64_t coarse = 0; coarse < g.coarse_size(a); ++coarse) {
+  void list_from_coarse(const Geometry& g, int a, int64_t coarse) {
+    taps_.clear();
     for (int64_t k = 0; k < g.axis[a].kernel; ++k) {
       const int64_t fine = g.fine_position(a, coarse, k);
-      if (fine < 0) continue;
-      taps.push_back(from_coarse ? Tap{coarse, fine, k} : Tap{fine, coarse, k});
+      if (fine >= 0) taps_.push_back({fine, k});
     }
+    group();
   }
-  std::sort(taps.begin(), taps.end(), [](const Tap& left, const Tap& right) {
-    if (left.from != right.from) return left.from < right.from;
-    if (left.to != right.to) return left.to < right.to;
-    return left.k < right.k;
-  });
 
-  AxisTaps table;
-  const int64_t positions = from_coarse ? g.coarse_size(a) : g.fine_size(a);
-  table.start.reserve(static_cast<size_t>(positions) + 1);
-  table.kernel.reserve(taps.size());
-  size_t n = 0;
-  for (int64_t p = 0; p < positions; ++p) {
-    table.start.push_back(static_cast<int64_t>(table.groups.size()));
-    for (; n < taps.size() && taps[n].from == p; ++n) {
-      const bool first_of_p = static_cast<int64_t>(table.groups.size()) == table.start.back();
-      if (first_of_p || table.groups.back().position != taps[n].to) {
-        const int64_t next = static_cast<int64_t>(table.kernel.size());
-        table.groups.push_back({taps[n].to, next, next});
+  // Solves coarse * stride + k * dilation = fine + pad_low, by the unknown that needs no division
+  // where there is one.
+  void list_from_fine(const Geometry& g, int a, int64_t fine) {
+    const Axis& axis = g.axis[a];
+    const int64_t most = g.coarse_size(a) - 1;
+    taps_.clear();
+    for_each_unfolded(
+        fine, g.fine_size(a), axis.pad_low, axis.pad_high, g.padding_mode, [&](int64_t position) {
+          const int64_t sum = position + axis.pad_low;
+          const int64_t last_k = std::min(axis.kernel - 1, sum / axis.dilation);
+          if (axis.dilation == 1 && axis.stride > 1) {
+            const int64_t last = std::min(most, sum / axis.stride);
+            for (int64_t coarse =
+                     std::max<int64_t>(0, (sum - last_k + axis.stride - 1) / axis.stride);
+                 coarse <= last; ++coarse) {
+              taps_.push_back({coarse, sum - coarse * axis.stride});
+            }
+            return;
+          }
+          for (int64_t k = 0; k <= last_k; ++k) {
+            const int64_t rest = sum - k * axis.dilation;
+            if (axis.stride > 1 && rest % axis.stride != 0) continue;
+            if (rest / axis.stride <= most) taps_.push_back({rest / axis.stride, k});
+          }
+        });
+    group();
+  }
+
+  void group() {
+    std::sort(taps_.begin(), taps_.end());
+    groups.clear();
+    kernel.clear();
+    for (const Tap& tap : taps_) {
+      const auto next = static_cast<int64_t>(kernel.size());
+      if (groups.empty() || groups.back().position != tap.to) {
+        groups.push_back({tap.to, next, next});
       }
-      table.kernel.push_back(taps[n].k);
-      ++table.groups.back().last;
+      kernel.push_back(tap.k);
+      ++groups.back().last;
     }
   }
-  table.start.push_back(static_cast<int64_t>(table.groups.size()));
+
+  std::vector<Tap> taps_;
+};
+
+// The taps of positions [first, last) of an axis.
+struct AxisTaps {
+  int64_t first = 0;
+  std::vector<int64_t> start;    // groups[start[p - first] .. start[p - first + 1]) belong to p
+  std::vector<TapGroup> groups;  // ascending position within each p
+  std::vector<int64_t> kernel;
+
+  const TapGroup* begin(int64_t p) const {
+    return groups.data() + start[static_cast<size_t>(p - first)];
+  }
+  const TapGroup* end(int64_t p) const {
+    return groups.data() + start[static_cast<size_t>(p - first) + 1];
+  }
+
+  void append(const PositionTaps& taps) {
+    const auto offset = static_cast<int64_t>(kernel.size());
+    for (const TapGroup& group : taps.groups) {
+      groups.push_back({group.position, group.first + offset, group.last + offset});
+    }
+    kernel.insert(kernel.end(), taps.kernel.begin(), taps.kernel.end());
+    start.push_back(static_cast<int64_t>(groups.size()));
+  }
+};
+
+struct Range {
+  int64_t first;
+  int64_t last;
+};
+
+inline AxisTaps taps_by_row(const Geometry& g, int a, Range range) {
+  AxisTaps table;
+  table.first = range.first;
+  table.start.push_back(0);
+  PositionTaps taps;
+  for (int64_t o = range.first; o < range.last; ++o) {
+    taps.list_by_row(g, a, o);
+    table.append(taps);
+  }
   return table;
 }
 
-}  // namespace detail
-
 inline AxisTaps taps_by_row(const Geometry& g, int a) {
-  return detail::list_taps(g, a, /*from_coarse=*/!g.transposed);
-}
-
-inline AxisTaps taps_by_column(const Geometry& g, int a) {
-  return detail::list_taps(g, a, /*from_coarse=*/g.transposed);
+  return taps_by_row(g, a, {0, g.axis[a].out});
 }
 
 }  // namespace linfuse

@@ -61,6 +61,34 @@ LINFUSE_HD inline int64_t fold(int64_t position, int64_t size, PaddingMode mode)
   return -1;
 }
 
+// The inverse of fold: calls visit(position) for every position of the padded axis that reads
+// `index`.
+template <typename Visitor>
+inline void for_each_unfolded(int64_t index, int64_t size, int64_t pad_low, int64_t pad_high,
+                              PaddingMode mode, Visitor&& visit) {
+  visit(index);
+  switch (mode) {
+    case PaddingMode::kReflect:
+      if (index > 0 && index <= pad_low) visit(-index);
+      if (index < size - 1 && index >= size - 1 - pad_high) visit(2 * (size - 1) - index);
+      break;
+    case PaddingMode::kReplicate:
+      if (index == 0) {
+        for (int64_t position = -pad_low; position < 0; ++position) visit(position);
+      }
+      if (index == size - 1) {
+        for (int64_t position = size; position < size + pad_high; ++position) visit(position);
+      }
+      break;
+    case PaddingMode::kCircular:
+      if (index >= size - pad_low) visit(index - size);
+      if (index < pad_high) visit(index + size);
+      break;
+    case PaddingMode::kZeros:
+      break;
+  }
+}
+
 struct Geometry {
   Axis axis[kAxes];
   int64_t in_channels = 1;

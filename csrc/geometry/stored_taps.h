@@ -60,17 +60,33 @@ struct StoredRows {
 
 // The taps of a row: AxisTaps by row, as pointers.
 struct RowTaps {
-  StoredRows stored;
+  StoredRows stored;     // counts only where the tables hold all positions
+  int64_t first[kAxes];  // of the positions that they hold
   const TapGroup* groups[kAxes];
   const int64_t* kernel[kAxes];
 
   LINFUSE_HD const TapGroup* begin(int a, int64_t o) const {
-    return groups[a] + stored.start[a][o];
+    return groups[a] + stored.start[a][o - first[a]];
   }
   LINFUSE_HD const TapGroup* end(int a, int64_t o) const {
-    return groups[a] + stored.start[a][o + 1];
+    return groups[a] + stored.start[a][o - first[a] + 1];
   }
 };
+
+// The output positions on each axis that rows [row_start, row_stop) have.
+inline void positions_of_rows(const Geometry& g, int64_t row_start, int64_t row_stop,
+                              Range (&ranges)[kAxes]) {
+  const int64_t positions = g.out_positions();
+  for (int a = 0; a < kAxes; ++a) ranges[a] = {0, g.axis[a].out};
+  if (row_stop <= row_start || row_start / positions != (row_stop - 1) / positions) return;
+  const Position from = out_position(g, row_start % positions);
+  const Position to = out_position(g, (row_stop - 1) % positions);
+  // As long as the outer coordinates agree, the rows differ in the inner ones only.
+  for (int a = 0; a < kAxes; ++a) {
+    ranges[a] = {from.at[a], to.at[a] + 1};
+    if (from.at[a] != to.at[a]) break;
+  }
+}
 
 struct TapUse {
   int64_t o;
@@ -103,9 +119,15 @@ size_t append(std::vector<int64_t>& words, const std::vector<Entry>& table) {
 
 class RowTables {
  public:
-  explicit RowTables(const Geometry& g) {
+  explicit RowTables(const Geometry& g) : RowTables(g, 0, g.rows()) {}
+
+  // Enough for begin() and end() of these rows, and for nothing else.
+  RowTables(const Geometry& g, int64_t row_start, int64_t row_stop) {
+    Range ranges[kAxes];
+    positions_of_rows(g, row_start, row_stop, ranges);
     for (int a = 0; a < kAxes; ++a) {
-      const AxisTaps taps = taps_by_row(g, a);
+      const AxisTaps taps = taps_by_row(g, a, ranges[a]);
+      first_[a] = ranges[a].first;
       start_[a] = detail::append(words_, taps.start);
       groups_[a] = detail::append(words_, taps.groups);
       kernel_[a] = detail::append(words_, taps.kernel);
@@ -120,6 +142,7 @@ class RowTables {
     RowTaps taps;
     for (int a = 0; a < kAxes; ++a) {
       taps.stored.start[a] = words + start_[a];
+      taps.first[a] = first_[a];
       taps.groups[a] = reinterpret_cast<const TapGroup*>(words + groups_[a]);
       taps.kernel[a] = words + kernel_[a];
     }
@@ -128,6 +151,7 @@ class RowTables {
 
  private:
   std::vector<int64_t> words_;
+  int64_t first_[kAxes];
   size_t start_[kAxes];
   size_t groups_[kAxes];
   size_t kernel_[kAxes];

@@ -2,8 +2,9 @@
 //
 // A thread owns whole rows. It clears one plane [prod(in)] of a row, writes that plane's taps while
 // the lines are still in its first-level cache, and goes on: memory sees each element once, in
-// order. All index arithmetic comes from three small tables (axis_taps.h), one per axis; the
-// innermost loop (row_taps.h) copies kernel elements to ascending positions.
+// order. All index arithmetic comes from three small tables (stored_taps.h), one per axis, of the
+// positions that the rows have; the innermost loop (row_taps.h) copies kernel elements to ascending
+// positions.
 #include <cstring>
 
 #include "conv_to_affine.h"
@@ -40,7 +41,7 @@ void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
   const Geometry& g = params.geometry;
   const int64_t rows = params.row_stop - params.row_start;
   if (rows <= 0) return;
-  const RowTables tables(g);
+  const RowTables tables(g, params.row_start, params.row_stop);
   const RowTaps taps = tables.view();
   const T* weight = static_cast<const T*>(params.weight);
   const T* bias = static_cast<const T*>(params.bias);

@@ -21,7 +21,8 @@ struct FuseConvLinearParams {
   DType dtype = DType::kFloat32;
   const void* conv_weight = nullptr;    // contiguous, as Geometry::weight_index counts
   const void* conv_bias = nullptr;      // [C_out], or null for zeros
-  const void* linear_weight = nullptr;  // [F, rows()], contiguous
+  const void* linear_weight = nullptr;  // [F, rows()], of any strides
+  int64_t linear_stride[2] = {0, 0};    // in elements
   const void* linear_bias = nullptr;    // [F], or null for zeros
   void* weight = nullptr;               // [F, cols()]
   void* bias = nullptr;                 // [F]

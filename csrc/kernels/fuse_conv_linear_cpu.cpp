@@ -2,20 +2,25 @@
 //                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
 //
 // Terms
-//   panel    `width` rows f of the Linear, repacked as [group][o][c_out][f] in Accumulate<T>
-//   block    up to TileSet::most_channels input channels of one group
+//   block    up to TileSet::most_channels input channels of one group, counted over all groups
+//   batch    the blocks whose weights are packed at a time: all of them, unless they are very many
+//   slab     a range of input positions on one axis, and the output positions that they read
+//   panel    `width` rows f of the Linear at the output positions of a slab, repacked as
+//            [group][o][c_out][f] in Accumulate<T>
 //   segment  kSegment consecutive input positions i
 //   unit     one segment and some blocks: what a thread takes at a time
 //
-// For every panel: pack it (and sum it for the bias), then fill [segment, block] pieces of the
-// result. Each input position needs one small product over exactly its valid taps times c_out
-// (tile.h), so neither padding nor the holes of a stride are ever multiplied. The panel is read
-// with unit stride and shared by all blocks; the pieces are turned in cache so that memory sees
-// runs of kSegment elements. Every element of the result is computed whole by one thread, in a
-// fixed order: the bits do not depend on the number of threads.
+// For every slab and panel: pack it, then fill [segment, block] pieces of the result. Each input
+// position needs one small product over exactly its valid taps times c_out (tile.h), so neither
+// padding nor the holes of a stride are ever multiplied. The panel is read with unit stride and
+// shared by all blocks; the pieces are turned in cache so that memory sees runs of kSegment
+// elements. Every element of the result is computed whole by one thread, in a fixed order: the bits
+// do not depend on the number of threads.
+//
+// Scratch memory is bounded by kMostPanelBytes and kMostWeightBytes, however large the layers are.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <vector>
 
 #include "../geometry/axis_taps.h"
 #include "fuse_conv_linear.h"
@@ -26,8 +31,8 @@ namespace linfuse {
 namespace {
 
 constexpr int64_t kSegment = 16;
-// Panels wider than this gain less from wide tiles than they lose by leaving the cache.
-constexpr int64_t kMostPanelBytes = int64_t{48} << 20;
+constexpr int64_t kMostPanelBytes = int64_t{32} << 20;
+constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kAlignment = 64;
 
@@ -35,81 +40,110 @@ int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * 
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// Sizes that follow from the problem alone. Everything here is the same for every thread count.
+struct Slab {
+  Range range;                 // of input positions on the slab axis
+  std::vector<int64_t> reads;  // the output positions on that axis that they read, ascending
+
+  // Where an output position that is read stands in `reads`.
+  int64_t slot(int64_t o) const {
+    return std::lower_bound(reads.begin(), reads.end(), o) - reads.begin();
+  }
+};
+
+Slab make_slab(const Geometry& g, int axis, Range range) {
+  Slab slab = {range, {}};
+  PositionTaps taps;
+  for (int64_t i = range.first; i < range.last; ++i) {
+    taps.list_by_column(g, axis, i);
+    for (const TapGroup& group : taps.groups) slab.reads.push_back(group.position);
+    if (slab.reads.size() > size_t{1} << 16 || i + 1 == range.last) {
+      std::sort(slab.reads.begin(), slab.reads.end());
+      slab.reads.erase(std::unique(slab.reads.begin(), slab.reads.end()), slab.reads.end());
+    }
+  }
+  return slab;
+}
+
+// The sizes of the work. They follow from the problem alone and are the same for every thread
+// count.
 struct Plan {
-  int64_t positions;      // prod(in)
-  int64_t out_positions;  // prod(out)
-  int64_t kernel_positions;
   int64_t in_channels;   // of a group
   int64_t out_channels;  // of a group
-  int64_t blocks;        // of a group
-  int64_t segments;
+  int64_t kernel_positions;
+  int64_t tap_size;          // in_channels * out_channels
+  int64_t blocks_per_group;  // of about the same size each
+  int64_t blocks;
+  int64_t batch;      // blocks
   int vector_choice;  // the widest panel has 2^vector_choice vectors
   int lanes;
-  int64_t widest;  // f of the widest panel
+  int slab_axis;  // the first axis of more than one input position
+  std::vector<Slab> slabs;
+  int64_t most_reads;  // of a slab
 
-  int64_t block_start(int64_t block) const { return block * in_channels / blocks; }
-  int64_t block_size(int64_t block) const { return block_start(block + 1) - block_start(block); }
+  int64_t width(int choice) const { return int64_t{lanes} << choice; }
+  int64_t block_start(int64_t block) const {
+    const int64_t within = block % blocks_per_group;
+    return within * in_channels / blocks_per_group;
+  }
+  int64_t block_size(int64_t block) const {
+    const int64_t within = block % blocks_per_group;
+    return (within + 1) * in_channels / blocks_per_group - block_start(block);
+  }
+  // Input channels before a block, over all groups.
+  int64_t channels_before(int64_t block) const {
+    return block / blocks_per_group * in_channels + block_start(block);
+  }
 };
+
+// Cuts the slab axis into the fewest equal ranges whose panels stay within bounds.
+void cut_slabs(const Geometry& g, int64_t bytes_per_read, Plan& plan) {
+  const int64_t size = g.axis[plan.slab_axis].in;
+  for (int64_t length = size;; length = divide_up(length, 2)) {
+    plan.slabs.clear();
+    plan.most_reads = 0;
+    bool fits = true;
+    for (int64_t first = 0; first < size && fits; first += length) {
+      plan.slabs.push_back(make_slab(g, plan.slab_axis, {first, std::min(size, first + length)}));
+      const auto reads = static_cast<int64_t>(plan.slabs.back().reads.size());
+      plan.most_reads = std::max(plan.most_reads, reads);
+      fits = length == 1 || reads <= std::max<int64_t>(1, kMostPanelBytes / bytes_per_read);
+    }
+    if (fits) return;
+  }
+}
 
 template <typename A>
 Plan make_plan(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
   const TileSet<A>& tiles = tile_set<A>(simd_level());
+  constexpr int64_t kSize = sizeof(A);
   Plan plan = {};
-  plan.positions = g.in_positions();
-  plan.out_positions = g.out_positions();
-  plan.kernel_positions = g.kernel_positions();
   plan.in_channels = g.in_channels_per_group();
   plan.out_channels = g.out_channels_per_group();
-  plan.blocks = divide_up(plan.in_channels, tiles.most_channels);
-  plan.segments = divide_up(plan.positions, kSegment);
+  plan.kernel_positions = g.kernel_positions();
+  plan.tap_size = plan.in_channels * plan.out_channels;
+  plan.blocks_per_group = divide_up(plan.in_channels, tiles.most_channels);
+  plan.blocks = g.groups * plan.blocks_per_group;
   plan.lanes = tiles.lanes;
-  const int64_t most_in_block = divide_up(plan.in_channels, plan.blocks);
+  const int64_t most_in_block = divide_up(plan.in_channels, plan.blocks_per_group);
+  const int64_t block_bytes = plan.kernel_positions * plan.out_channels * most_in_block * kSize;
+  plan.batch = std::min(plan.blocks, std::max<int64_t>(1, kMostWeightBytes / block_bytes));
+
+  plan.slab_axis = 0;
+  while (plan.slab_axis < kAxes - 1 && g.axis[plan.slab_axis].in == 1) ++plan.slab_axis;
+  // Output positions for each one on the slab axis.
+  const int64_t others = g.out_positions() / g.axis[plan.slab_axis].out;
   for (int choice = TileSet<A>::kVectorChoices - 1; choice >= 0; --choice) {
-    const int64_t vectors = int64_t{1} << choice;
-    const int64_t bytes = g.rows() * vectors * plan.lanes * static_cast<int64_t>(sizeof(A));
     plan.vector_choice = choice;
-    plan.widest = vectors * plan.lanes;
-    if (vectors * most_in_block <= tiles.registers && plan.widest < 2 * params.features &&
-        bytes <= kMostPanelBytes) {
+    if ((int64_t{1} << choice) * most_in_block <= tiles.registers &&
+        plan.width(choice) < 2 * params.features &&
+        (g.rows() * plan.width(choice) * kSize <= kMostPanelBytes || choice <= 1)) {
       break;
     }
   }
+  cut_slabs(g, others * g.out_channels * plan.width(plan.vector_choice) * kSize, plan);
   return plan;
 }
-
-int64_t most_taps(const AxisTaps (&taps)[kAxes]) {
-  return taps[0].most_taps() * taps[1].most_taps() * taps[2].most_taps();
-}
-
-template <typename A>
-struct Workspace {
-  A* panel;      // [group][o][c_out][f]
-  A* weight;     // [group][k][block][c_out][c_in of the block]
-  A* bias_sums;  // [c_out][f]
-  char* slots;   // per thread: a piece [segment][c_in of the block][f], then the taps of a segment
-  int64_t slot_bytes;
-  int64_t piece_bytes;
-
-  Workspace(const Plan& plan, const Geometry& g, int64_t taps, int threads,
-            const Allocate& allocate) {
-    constexpr int64_t kSize = sizeof(A);
-    const int64_t panel_bytes = aligned(g.rows() * plan.widest * kSize);
-    const int64_t weight_bytes =
-        aligned(g.out_channels * plan.in_channels * plan.kernel_positions * kSize);
-    const int64_t sums_bytes = aligned(g.out_channels * plan.widest * kSize);
-    piece_bytes =
-        aligned(kSegment * divide_up(plan.in_channels, plan.blocks) * plan.widest * kSize);
-    slot_bytes = piece_bytes + aligned(2 * kSegment * taps * static_cast<int64_t>(sizeof(int64_t)));
-    char* memory = static_cast<char*>(
-        allocate(panel_bytes + weight_bytes + sums_bytes + slot_bytes * threads));
-    panel = reinterpret_cast<A*>(memory);
-    weight = reinterpret_cast<A*>(memory + panel_bytes);
-    bias_sums = reinterpret_cast<A*>(memory + panel_bytes + weight_bytes);
-    slots = memory + panel_bytes + weight_bytes + sums_bytes;
-  }
-};
 
 template <typename T>
 class Product {
@@ -123,199 +157,278 @@ class Product {
         parallel_for_(parallel_for),
         tiles_(tile_set<A>(simd_level())),
         plan_(make_plan<A>(params)),
-        taps_{taps_by_column(g_, 0), taps_by_column(g_, 1), taps_by_column(g_, 2)},
-        most_taps_(most_taps(taps_)),
-        memory_(plan_, g_, most_taps_, params.threads, allocate),
+        other_positions_(g_.out_positions() / g_.axis[plan_.slab_axis].out),
+        inner_positions_(positions_inside(&Axis::out)),
         linear_(static_cast<const T*>(params.linear_weight)),
-        fused_(static_cast<T*>(params.weight)) {}
+        fused_(static_cast<T*>(params.weight)) {
+    constexpr int64_t kSize = sizeof(A);
+    const int64_t widest = plan_.width(plan_.vector_choice);
+    const int64_t most_in_block = divide_up(plan_.in_channels, plan_.blocks_per_group);
+    const int64_t panel_bytes =
+        aligned(plan_.most_reads * other_positions_ * g_.out_channels * widest * kSize);
+    const int64_t weight_bytes =
+        aligned(plan_.batch * most_in_block * plan_.kernel_positions * plan_.out_channels * kSize);
+    piece_bytes_ = aligned(kSegment * most_in_block * widest * kSize);
+    char* memory =
+        static_cast<char*>(allocate(panel_bytes + weight_bytes + piece_bytes_ * params.threads));
+    panel_ = reinterpret_cast<A*>(memory);
+    weight_ = reinterpret_cast<A*>(memory + panel_bytes);
+    pieces_ = memory + panel_bytes + weight_bytes;
+    workers_.resize(static_cast<size_t>(params.threads));
+  }
 
   void run() {
     advise_huge_pages(fused_, params_.features * g_.cols() * static_cast<int64_t>(sizeof(T)));
-    for_each(parallel_for_, g_.out_channels, plan_.in_channels * plan_.kernel_positions,
-             [&](int64_t c_out) { pack_weight(c_out); });
-    int64_t first = 0;
-    while (first < params_.features) {
-      const int64_t left = params_.features - first;
-      int choice = plan_.vector_choice;
-      while (choice > 0 && (int64_t{plan_.lanes} << choice) > left) --choice;
-      const Panel panel = {first, std::min(left, int64_t{plan_.lanes} << choice),
-                           int64_t{plan_.lanes} << choice, choice};
-      for_each(parallel_for_, g_.out_channels, plan_.out_positions * panel.width,
-               [&](int64_t c_out) { pack_panel(panel, c_out); });
-      write_bias(panel);
-      multiply(panel);
-      first += panel.count;
+    for_each(parallel_for_, params_.features, g_.rows(), [&](int64_t f) { write_bias(f); });
+    const bool one_batch = plan_.batch == plan_.blocks;
+    if (one_batch) pack_weight({0, plan_.blocks});
+    for (const Slab& slab : plan_.slabs) {
+      list_sources(slab);
+      int64_t first = 0;
+      while (first < params_.features) {
+        const int64_t left = params_.features - first;
+        int choice = plan_.vector_choice;
+        while (choice > 0 && plan_.width(choice) > left) --choice;
+        const Panel panel = {slab, first, std::min(left, plan_.width(choice)), plan_.width(choice),
+                             choice};
+        for_each(parallel_for_, g_.out_channels,
+                 static_cast<int64_t>(sources_.size()) * panel.width,
+                 [&](int64_t c_out) { pack_panel(panel, c_out); });
+        for (int64_t block = 0; block < plan_.blocks; block += plan_.batch) {
+          const Range batch = {block, std::min(plan_.blocks, block + plan_.batch)};
+          if (!one_batch) pack_weight(batch);
+          multiply(panel, batch);
+        }
+        first += panel.count;
+      }
     }
   }
 
  private:
   struct Panel {
+    const Slab& slab;
     int64_t first;  // f of its first row
     int64_t count;  // rows that exist
     int64_t width;  // rows with the zeros that fill the last vector
     int choice;
   };
 
-  void pack_weight(int64_t c_out) const {
-    const T* weight = static_cast<const T*>(params_.conv_weight);
-    const int64_t tap_size = plan_.in_channels * plan_.out_channels;
-    const int64_t group = g_.group_of_out_channel(c_out);
-    const int64_t c = c_out - group * plan_.out_channels;
-    for (int64_t block = 0; block < plan_.blocks; ++block) {
-      const int64_t start = plan_.block_start(block);
-      const int64_t size = plan_.block_size(block);
-      A* packed = memory_.weight + group * plan_.kernel_positions * tap_size +
-                  start * plan_.out_channels + c * size;
-      for (int64_t n = 0; n < size; ++n) {
-        const T* kernel = weight + g_.weight_index(c_out, start + n);
-        for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
-          packed[k * tap_size + n] = static_cast<A>(kernel[k]);
-        }
-      }
-    }
+  // What a thread keeps while it lists the taps of a segment.
+  struct Worker {
+    PositionTaps taps[kAxes];
+    std::vector<int64_t> linear_start;
+    std::vector<int64_t> kernel;  // k of each tap
+    int64_t first_tap[kSegment + 1];
+  };
+
+  // Positions on the axes inside the slab axis.
+  int64_t positions_inside(int64_t Axis::* size) const {
+    int64_t positions = 1;
+    for (int a = plan_.slab_axis + 1; a < kAxes; ++a) positions *= g_.axis[a].*size;
+    return positions;
   }
 
-  // One output channel of a panel, and its sums over the output positions.
-  void pack_panel(const Panel& panel, int64_t c_out) const {
-    const int64_t stride = plan_.out_channels * panel.width;
-    const int64_t group = g_.group_of_out_channel(c_out);
-    A* packed = memory_.panel + group * plan_.out_positions * stride +
-                (c_out - group * plan_.out_channels) * panel.width;
-    A* sums = memory_.bias_sums + c_out * panel.width;
-    std::fill(sums, sums + panel.width, A(0));
-    // A few positions at a time keep the lines that are being filled in the first-level cache.
-    for (int64_t o = 0; o < plan_.out_positions; o += kSegment) {
-      const int64_t some = std::min(kSegment, plan_.out_positions - o);
-      for (int64_t f = 0; f < panel.width; ++f) {
-        A* to = packed + o * stride + f;
-        if (f >= panel.count) {
-          for (int64_t n = 0; n < some; ++n) to[n * stride] = A(0);
-          continue;
-        }
-        const T* from = linear_ + (panel.first + f) * g_.rows() + c_out * plan_.out_positions + o;
-        A sum = sums[f];
-        for (int64_t n = 0; n < some; ++n) {
-          const A value = static_cast<A>(from[n]);
-          to[n * stride] = value;
-          sum += value;
-        }
-        sums[f] = sum;
-      }
-    }
-  }
-
-  void write_bias(const Panel& panel) {
+  // Sums over positions first and in double: the longest sums there are, and the cheapest.
+  void write_bias(int64_t f) const {
     const T* conv_bias = static_cast<const T*>(params_.conv_bias);
     const T* linear_bias = static_cast<const T*>(params_.linear_bias);
-    T* bias = static_cast<T*>(params_.bias) + panel.first;
-    for (int64_t f = 0; f < panel.count; ++f) {
-      A total = linear_bias != nullptr ? static_cast<A>(linear_bias[panel.first + f]) : A(0);
-      if (conv_bias != nullptr) {
-        for (int64_t c_out = 0; c_out < g_.out_channels; ++c_out) {
-          total += static_cast<A>(conv_bias[c_out]) * memory_.bias_sums[c_out * panel.width + f];
+    double total =
+        linear_bias != nullptr ? static_cast<double>(static_cast<A>(linear_bias[f])) : 0.0;
+    if (conv_bias != nullptr) {
+      const int64_t stride = params_.linear_stride[1];
+      const int64_t positions = g_.out_positions();
+      const T* from = linear_ + f * params_.linear_stride[0];
+      for (int64_t c_out = 0; c_out < g_.out_channels; ++c_out, from += positions * stride) {
+        // Several sums at a time, since each addition waits for the one before.
+        constexpr int kSums = 8;
+        double sums[kSums] = {};
+        int64_t o = 0;
+        for (; o + kSums <= positions; o += kSums) {
+          for (int n = 0; n < kSums; ++n) {
+            sums[n] += static_cast<double>(static_cast<A>(from[(o + n) * stride]));
+          }
+        }
+        for (; o < positions; ++o) sums[0] += static_cast<double>(static_cast<A>(from[o * stride]));
+        double sum = 0;
+        for (double part : sums) sum += part;
+        total += static_cast<double>(static_cast<A>(conv_bias[c_out])) * sum;
+      }
+    }
+    static_cast<T*>(params_.bias)[f] = static_cast<T>(static_cast<A>(total));
+  }
+
+  // Weights of a batch as [block][k][c_out][c_in of the block].
+  void pack_weight(Range batch) const {
+    const T* weight = static_cast<const T*>(params_.conv_weight);
+    const int64_t work = plan_.kernel_positions * plan_.out_channels * tiles_.most_channels;
+    for_each(parallel_for_, batch.last - batch.first, work, [&](int64_t n) {
+      const int64_t block = batch.first + n;
+      const int64_t size = plan_.block_size(block);
+      A* packed = weight_of(block, batch);
+      for (int64_t c = 0; c < plan_.out_channels; ++c) {
+        const int64_t c_out = block / plan_.blocks_per_group * plan_.out_channels + c;
+        for (int64_t c_in = 0; c_in < size; ++c_in) {
+          const T* kernel = weight + g_.weight_index(c_out, plan_.block_start(block) + c_in);
+          for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
+            packed[(k * plan_.out_channels + c) * size + c_in] = static_cast<A>(kernel[k]);
+          }
         }
       }
-      bias[f] = static_cast<T>(total);
+    });
+  }
+
+  A* weight_of(int64_t block, Range batch) const {
+    const int64_t channels = plan_.channels_before(block) - plan_.channels_before(batch.first);
+    return weight_ + channels * plan_.kernel_positions * plan_.out_channels;
+  }
+
+  // Which output position stands where in a panel of this slab.
+  void list_sources(const Slab& slab) {
+    sources_.clear();
+    const int64_t outer = other_positions_ / inner_positions_;
+    for (int64_t n = 0; n < outer; ++n) {
+      for (int64_t read : slab.reads) {
+        const int64_t line = n * g_.axis[plan_.slab_axis].out + read;
+        for (int64_t inner = 0; inner < inner_positions_; ++inner) {
+          sources_.push_back(line * inner_positions_ + inner);
+        }
+      }
     }
   }
 
-  void multiply(const Panel& panel) {
-    const int64_t blocks = g_.groups * plan_.blocks;
-    const int64_t splits =
-        std::min(blocks, divide_up(kUnitsPerThread * params_.threads, plan_.segments));
-    const int64_t units = plan_.segments * splits;
-    const int64_t work = kSegment * most_taps_ * plan_.out_channels * panel.width *
-                         divide_up(blocks, splits) * divide_up(plan_.in_channels, plan_.blocks);
+  // One output channel of a panel.
+  void pack_panel(const Panel& panel, int64_t c_out) const {
+    const auto positions = static_cast<int64_t>(sources_.size());
+    const int64_t step = plan_.out_channels * panel.width;
+    const int64_t group = g_.group_of_out_channel(c_out);
+    A* packed =
+        panel_ + group * positions * step + (c_out - group * plan_.out_channels) * panel.width;
+    // A few positions at a time keep the lines that are being filled in the first-level cache.
+    for (int64_t first = 0; first < positions; first += kSegment) {
+      const int64_t some = std::min(kSegment, positions - first);
+      const int64_t* source = sources_.data() + first;
+      for (int64_t f = 0; f < panel.width; ++f) {
+        A* to = packed + first * step + f;
+        if (f >= panel.count) {
+          for (int64_t n = 0; n < some; ++n) to[n * step] = A(0);
+          continue;
+        }
+        const T* from = linear_ + (panel.first + f) * params_.linear_stride[0] +
+                        c_out * g_.out_positions() * params_.linear_stride[1];
+        for (int64_t n = 0; n < some; ++n) {
+          to[n * step] = static_cast<A>(from[source[n] * params_.linear_stride[1]]);
+        }
+      }
+    }
+  }
+
+  void multiply(const Panel& panel, Range batch) {
+    // The positions of a slab follow each other: all axes outside it have one.
+    const int64_t inside = positions_inside(&Axis::in);
+    const Range positions = {panel.slab.range.first * inside, panel.slab.range.last * inside};
+    const int64_t segments = divide_up(positions.last - positions.first, kSegment);
+    const int64_t blocks = batch.last - batch.first;
+    const int64_t splits = std::min(blocks, divide_up(kUnitsPerThread * params_.threads, segments));
+    const int64_t units = segments * splits;
+    const int64_t work = kSegment * plan_.out_channels * panel.width * divide_up(blocks, splits) *
+                         tiles_.most_channels;
     const int64_t workers = std::min<int64_t>(params_.threads, divide_up(units, grain_for(work)));
     std::atomic<int64_t> next{0};
     parallel_for_(workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        char* slot = memory_.slots + worker * memory_.slot_bytes;
+      for (int64_t n = begin; n < end; ++n) {
+        Worker& worker = workers_[static_cast<size_t>(n)];
+        A* piece = reinterpret_cast<A*>(pieces_ + n * piece_bytes_);
         for (int64_t unit = next++; unit < units; unit = next++) {
           const int64_t split = unit % splits;
-          multiply_unit(panel, unit / splits * kSegment, split * blocks / splits,
-                        (split + 1) * blocks / splits, slot);
+          const int64_t first = positions.first + unit / splits * kSegment;
+          const Range segment = {first, std::min(positions.last, first + kSegment)};
+          const Range some = {batch.first + split * blocks / splits,
+                              batch.first + (split + 1) * blocks / splits};
+          multiply_unit(panel, batch, segment, some, worker, piece);
         }
       }
     });
   }
 
-  // The pieces of one segment and blocks [first_block, last_block), counted over all groups.
-  void multiply_unit(const Panel& panel, int64_t first_position, int64_t first_block,
-                     int64_t last_block, char* slot) const {
-    A* piece = reinterpret_cast<A*>(slot);
-    int64_t* linear_start = reinterpret_cast<int64_t*>(slot + memory_.piece_bytes);
-    int64_t* weight_start = linear_start + kSegment * most_taps_;
-    const int64_t positions = std::min(kSegment, plan_.positions - first_position);
-    int64_t first_tap[kSegment + 1] = {0};
-    for (int64_t s = 0; s < positions; ++s) {
-      first_tap[s + 1] =
-          first_tap[s] + list_taps(first_position + s, panel, linear_start + first_tap[s],
-                                   weight_start + first_tap[s]);
-    }
-
-    const int64_t tap_size = plan_.in_channels * plan_.out_channels;
-    for (int64_t n = first_block; n < last_block; ++n) {
-      const int64_t group = n / plan_.blocks;
-      const int64_t block = n % plan_.blocks;
+  // The pieces of one segment and some blocks.
+  void multiply_unit(const Panel& panel, Range batch, Range segment, Range blocks, Worker& worker,
+                     A* piece) const {
+    list_taps(panel, segment, worker);
+    const auto panel_positions = static_cast<int64_t>(sources_.size());
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+      const int64_t group = block / plan_.blocks_per_group;
       const int64_t channels = plan_.block_size(block);
-      const A* linear =
-          memory_.panel + group * plan_.out_positions * plan_.out_channels * panel.width;
-      const A* weight = memory_.weight + group * plan_.kernel_positions * tap_size +
-                        plan_.block_start(block) * plan_.out_channels;
       const Tile<A> tile = tiles_.tile[panel.choice][channels];
-      for (int64_t s = 0; s < positions; ++s) {
-        const TileTask<A> task = {linear,
-                                  linear_start + first_tap[s],
-                                  weight,
-                                  weight_start + first_tap[s],
-                                  first_tap[s + 1] - first_tap[s],
-                                  plan_.out_channels};
+      TileTask<A> task = {};
+      task.linear = panel_ + group * panel_positions * plan_.out_channels * panel.width;
+      task.weight = weight_of(block, batch);
+      task.weight_step = plan_.out_channels * channels;
+      task.channels = plan_.out_channels;
+      for (int64_t s = 0; s < segment.last - segment.first; ++s) {
+        task.linear_start = worker.linear_start.data() + worker.first_tap[s];
+        task.kernel = worker.kernel.data() + worker.first_tap[s];
+        task.taps = worker.first_tap[s + 1] - worker.first_tap[s];
         tile(task, piece + s * channels * panel.width);
       }
-      write_piece(panel, piece, group * plan_.in_channels + plan_.block_start(block), channels,
-                  first_position, positions);
+      write_piece(panel, piece, plan_.channels_before(block), channels, segment);
     }
   }
 
-  // Where the operands of every tap of one input position begin. Returns the number of taps.
-  int64_t list_taps(int64_t position, const Panel& panel, int64_t* linear_start,
-                    int64_t* weight_start) const {
-    const Position i = in_position(g_, position);
-    const int64_t linear_step = plan_.out_channels * panel.width;
-    const int64_t weight_step = plan_.out_channels * plan_.in_channels;
-    int64_t count = 0;
-    for_each_tap(taps_[0], i.at[0], [&](int64_t o0, int64_t k0) {
-      for_each_tap(taps_[1], i.at[1], [&](int64_t o1, int64_t k1) {
-        const int64_t o_line = (o0 * g_.axis[1].out + o1) * g_.axis[2].out;
-        const int64_t k_line = (k0 * g_.axis[1].kernel + k1) * g_.axis[2].kernel;
-        for_each_tap(taps_[2], i.at[2], [&](int64_t o2, int64_t k2) {
-          linear_start[count] = (o_line + o2) * linear_step;
-          weight_start[count] = (k_line + k2) * weight_step;
-          ++count;
+  // Where the operands of every tap of a segment begin: in the panel, and among the kernel
+  // elements.
+  void list_taps(const Panel& panel, Range segment, Worker& worker) const {
+    const int64_t step = plan_.out_channels * panel.width;
+    const auto reads = static_cast<int64_t>(panel.slab.reads.size());
+    worker.linear_start.clear();
+    worker.kernel.clear();
+    Position before = {{-1, -1, -1}};
+    for (int64_t position = segment.first; position < segment.last; ++position) {
+      const Position i = in_position(g_, position);
+      for (int a = 0; a < kAxes; ++a) {
+        if (i.at[a] == before.at[a]) continue;
+        worker.taps[a].list_by_column(g_, a, i.at[a]);
+        if (a != plan_.slab_axis) continue;
+        for (TapGroup& group : worker.taps[a].groups)
+          group.position = panel.slab.slot(group.position);
+      }
+      before = i;
+      worker.first_tap[position - segment.first] = static_cast<int64_t>(worker.linear_start.size());
+      // Sizes of the panel's axes: those of the output, and the slab's reads on its axis.
+      const int64_t size1 = plan_.slab_axis == 1 ? reads : g_.axis[1].out;
+      const int64_t size2 = plan_.slab_axis == 2 ? reads : g_.axis[2].out;
+      for_each_tap(worker.taps[0], [&](int64_t o0, int64_t k0) {
+        for_each_tap(worker.taps[1], [&](int64_t o1, int64_t k1) {
+          const int64_t o_line = (o0 * size1 + o1) * size2;
+          const int64_t k_line = (k0 * g_.axis[1].kernel + k1) * g_.axis[2].kernel;
+          for_each_tap(worker.taps[2], [&](int64_t o2, int64_t k2) {
+            worker.linear_start.push_back((o_line + o2) * step);
+            worker.kernel.push_back(k_line + k2);
+          });
         });
       });
-    });
-    return count;
+    }
+    worker.first_tap[segment.last - segment.first] =
+        static_cast<int64_t>(worker.linear_start.size());
   }
 
   template <typename Visitor>
-  static void for_each_tap(const AxisTaps& taps, int64_t position, Visitor&& visit) {
-    for (const TapGroup* group = taps.begin(position); group != taps.end(position); ++group) {
-      for (int64_t n = group->first; n < group->last; ++n) {
-        visit(group->position, taps.kernel[static_cast<size_t>(n)]);
+  static void for_each_tap(const PositionTaps& taps, Visitor&& visit) {
+    for (const TapGroup& group : taps.groups) {
+      for (int64_t n = group.first; n < group.last; ++n) {
+        visit(group.position, taps.kernel[static_cast<size_t>(n)]);
       }
     }
   }
 
   void write_piece(const Panel& panel, const A* piece, int64_t c_in, int64_t channels,
-                   int64_t first_position, int64_t positions) const {
+                   Range segment) const {
+    const int64_t count = segment.last - segment.first;
     for (int64_t f = 0; f < panel.count; ++f) {
-      T* row = fused_ + (panel.first + f) * g_.cols() + first_position;
+      T* row = fused_ + (panel.first + f) * g_.cols() + segment.first;
       for (int64_t n = 0; n < channels; ++n) {
-        T* to = row + (c_in + n) * plan_.positions;
+        T* to = row + (c_in + n) * g_.in_positions();
         const A* from = piece + n * panel.width + f;
-        for (int64_t s = 0; s < positions; ++s) {
+        for (int64_t s = 0; s < count; ++s) {
           to[s] = static_cast<T>(from[s * channels * panel.width]);
         }
       }
@@ -327,11 +440,16 @@ class Product {
   const ParallelFor& parallel_for_;
   const TileSet<A>& tiles_;
   const Plan plan_;
-  const AxisTaps taps_[kAxes];
-  const int64_t most_taps_;
-  const Workspace<A> memory_;
+  const int64_t other_positions_;  // output positions per one on the slab axis
+  const int64_t inner_positions_;  // those inside of it
   const T* linear_;
   T* fused_;
+  A* panel_ = nullptr;
+  A* weight_ = nullptr;
+  char* pieces_ = nullptr;  // per thread: [segment][c_in of the block][f]
+  int64_t piece_bytes_ = 0;
+  std::vector<int64_t> sources_;
+  std::vector<Worker> workers_;
 };
 
 }  // namespace

@@ -19,11 +19,16 @@ template <typename A>
 struct TileTask {
   const A* linear;              // a packed group of the Linear's weight
   const int64_t* linear_start;  // [taps] where [c][f] of a tap begins
-  const A* weight;              // packed weights of the n at hand
-  const int64_t* weight_start;  // [taps] where [c][n] of a tap begins
+  const A* weight;              // packed weights of the n at hand, [k][c][n]
+  const int64_t* kernel;        // [taps] k of a tap
+  int64_t weight_step;          // from one k to the next
   int64_t taps;
   int64_t channels;
 };
+
+// A running sum of n products is off by up to n roundings; sums of sums are not. So the registers
+// are added to the tile, and start again from zero, after this many products.
+constexpr int64_t kFlushAfter = 512;
 
 template <typename A>
 using Tile = void (*)(const TileTask<A>& task, A* tile);

@@ -10,30 +10,48 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   constexpr int kWidth = kVectors * kLanes;
 
   Vector sums[kChannels][kVectors] = {};
-  for (int64_t t = 0; t < task.taps; ++t) {
-    const A* linear = task.linear + task.linear_start[t];
-    const A* weight = task.weight + task.weight_start[t];
-    for (int64_t c = 0; c < task.channels; ++c, linear += kWidth, weight += kChannels) {
-      Vector rows[kVectors];
+  bool first = true;
+  const auto flush = [&]() {
+#pragma GCC unroll 12
+    for (int n = 0; n < kChannels; ++n) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        rows[v] = *reinterpret_cast<const Unaligned*>(linear + v * kLanes);
+        Unaligned* to = reinterpret_cast<Unaligned*>(tile + n * kWidth + v * kLanes);
+        *to = first ? sums[n][v] : *to + sums[n][v];
+        sums[n][v] = Vector{};
       }
-#pragma GCC unroll 12
-      for (int n = 0; n < kChannels; ++n) {
-        const A scale = weight[n];
+    }
+    first = false;
+  };
+  int64_t room = kFlushAfter;
+  for (int64_t t = 0; t < task.taps; ++t) {
+    const A* linear = task.linear + task.linear_start[t];
+    const A* weight = task.weight + task.kernel[t] * task.weight_step;
+    int64_t left = task.channels;
+    while (left > 0) {
+      const int64_t some = left < room ? left : room;
+      for (int64_t c = 0; c < some; ++c, linear += kWidth, weight += kChannels) {
+        Vector rows[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sums[n][v] += rows[v] * scale;
+        for (int v = 0; v < kVectors; ++v) {
+          rows[v] = *reinterpret_cast<const Unaligned*>(linear + v * kLanes);
+        }
+#pragma GCC unroll 12
+        for (int n = 0; n < kChannels; ++n) {
+          const A scale = weight[n];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sums[n][v] += rows[v] * scale;
+        }
+      }
+      left -= some;
+      room -= some;
+      if (room == 0) {
+        flush();
+        room = kFlushAfter;
       }
     }
   }
-#pragma GCC unroll 12
-  for (int n = 0; n < kChannels; ++n) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<Unaligned*>(tile + n * kWidth + v * kLanes) = sums[n][v];
-    }
-  }
+  flush();
 }
 
 template <typename A, int kChoice, int kChannels>

@@ -37,12 +37,13 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   }
 
   conv_weight = torch::stable::contiguous(conv_weight);
-  linear_weight = torch::stable::contiguous(linear_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
   Tensor bias = allocate(kOp, conv_weight, {params.features});
   params.conv_weight = conv_weight.const_data_ptr();
   params.conv_bias = data_or_null(conv_bias);
   params.linear_weight = linear_weight.const_data_ptr();
+  params.linear_stride[0] = linear_weight.stride(0);
+  params.linear_stride[1] = linear_weight.stride(1);
   params.linear_bias = data_or_null(linear_bias);
   params.weight = weight.mutable_data_ptr();
   params.bias = bias.mutable_data_ptr();

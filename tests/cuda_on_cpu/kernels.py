@@ -106,7 +106,13 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("conv_to_affine", "conv_to_affine_backward", "planted"):
+        for name in (
+            "conv_to_affine",
+            "conv_to_affine_backward",
+            "conv_to_csr",
+            "conv_to_csr_backward",
+            "planted",
+        ):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def conv_to_affine(
@@ -128,6 +134,33 @@ class Kernels:
         outputs = (np.zeros(problem.weight_size, problem.storage),)
         inputs = (_pointer(grad_matrix),)
         return self._call("conv_to_affine_backward", schedule, _c_problem(problem), inputs, outputs)
+
+    def conv_to_csr(
+        self,
+        schedule: Schedule,
+        problem: Problem,
+        weight: np.ndarray,
+        stored: int,
+        index32: bool,
+    ) -> tuple[np.ndarray, ...]:
+        """Returns (values, columns, row_pointers)."""
+        rows = problem.rows[1] - problem.rows[0]
+        index = np.int32 if index32 else np.int64
+        outputs = (
+            np.zeros(stored, problem.storage),
+            np.zeros(stored, index),
+            np.zeros(rows + 1, index),
+        )
+        inputs = (ctypes.c_int64(index32), _pointer(weight))
+        return self._call("conv_to_csr", schedule, _c_problem(problem), inputs, outputs)
+
+    def conv_to_csr_backward(
+        self, schedule: Schedule, problem: Problem, grad_values: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns (grad_weight,)."""
+        outputs = (np.zeros(problem.weight_size, problem.storage),)
+        inputs = (_pointer(grad_values),)
+        return self._call("conv_to_csr_backward", schedule, _c_problem(problem), inputs, outputs)
 
     def planted(self, schedule: Schedule, name: str, values: np.ndarray) -> tuple[np.ndarray, ...]:
         """Runs a kernel of planted/ on float32 values; returns (out,)."""

@@ -12,6 +12,8 @@
 #include "../geometry/make_geometry.h"
 #include "conv_to_affine.h"
 #include "conv_to_affine_backward.h"
+#include "conv_to_csr.h"
+#include "conv_to_csr_backward.h"
 #include "dtype.h"
 #include "planted/planted.h"
 #include "shim/grid.h"
@@ -55,6 +57,12 @@ size_t product(const int64_t* values, int64_t count) {
   int64_t result = 1;
   for (int64_t n = 0; n < count; ++n) result *= values[n];
   return static_cast<size_t>(result);
+}
+
+// Elements of the matrix that are stored in the problem's rows.
+int64_t stored_in(const Problem& problem, const linfuse::Geometry& geometry,
+                  const linfuse::StoredRows& stored) {
+  return stored.before(geometry, problem.row_stop) - stored.before(geometry, problem.row_start);
 }
 
 const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted = {
@@ -136,6 +144,71 @@ const char* conv_to_affine_backward(const Problem* problem, const void* grad_mat
     params.grad_matrix = grad_matrix_copy.data();
     params.grad_weight = grad_weight_made.data();
     const cudaError_t error = linfuse::launch_conv_to_affine_backward_cuda(params, nullptr);
+    grad_weight_made.copy_to(grad_weight);
+    return error;
+  });
+}
+
+// weight as the problem says  ->  values [stored], columns [stored], row_pointers [rows + 1]
+const char* conv_to_csr(const Problem* problem, int64_t index32, const void* weight, void* values,
+                        void* columns, void* row_pointers) {
+  return text_of([&] {
+    linfuse::ConvToCsrParams params;
+    params.geometry = geometry_of(*problem);
+    params.row_start = problem->row_start;
+    params.row_stop = problem->row_stop;
+    params.dtype = static_cast<linfuse::DType>(problem->dtype);
+    params.index32 = index32 != 0;
+
+    const linfuse::RowTables tables(params.geometry);
+    params.stored = stored_in(*problem, params.geometry, tables.view().stored);
+    const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
+    const size_t index_bytes = params.index32 ? sizeof(int32_t) : sizeof(int64_t);
+    const auto stored = static_cast<size_t>(params.stored);
+    const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
+    Memory tables_copy("tables", sizeof(int64_t) * tables.words().size(), sizeof(int64_t),
+                       tables.words().data());
+    Memory weight_copy("weight", bytes * product(problem->weight_size, problem->axes + 2), bytes,
+                       weight);
+    Memory values_made("values", bytes * stored, kOutputAlignment);
+    Memory columns_made("columns", index_bytes * stored, kOutputAlignment);
+    Memory row_pointers_made("row_pointers", index_bytes * (rows + 1), kOutputAlignment);
+    params.taps = tables.view(static_cast<const int64_t*>(tables_copy.data()));
+    params.weight = weight_copy.data();
+    params.values = values_made.data();
+    params.columns = columns_made.data();
+    params.row_pointers = row_pointers_made.data();
+    const cudaError_t error = linfuse::launch_conv_to_csr_cuda(params, nullptr);
+    values_made.copy_to(values);
+    columns_made.copy_to(columns);
+    row_pointers_made.copy_to(row_pointers);
+    return error;
+  });
+}
+
+// grad_values [stored]  ->  grad_weight as the problem says
+const char* conv_to_csr_backward(const Problem* problem, const void* grad_values,
+                                 void* grad_weight) {
+  return text_of([&] {
+    linfuse::ConvToCsrBackwardParams params;
+    params.geometry = geometry_of(*problem);
+    params.row_start = problem->row_start;
+    params.row_stop = problem->row_stop;
+    params.dtype = static_cast<linfuse::DType>(problem->dtype);
+
+    const linfuse::KernelTables tables(params.geometry);
+    const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
+    const auto stored =
+        static_cast<size_t>(stored_in(*problem, params.geometry, tables.view().stored));
+    Memory tables_copy("tables", sizeof(int64_t) * tables.words().size(), sizeof(int64_t),
+                       tables.words().data());
+    Memory grad_values_copy("grad_values", bytes * stored, bytes, grad_values);
+    Memory grad_weight_made("grad_weight", bytes * product(problem->weight_size, problem->axes + 2),
+                            kOutputAlignment);
+    params.taps = tables.view(static_cast<const int64_t*>(tables_copy.data()));
+    params.grad_values = grad_values_copy.data();
+    params.grad_weight = grad_weight_made.data();
+    const cudaError_t error = linfuse::launch_conv_to_csr_backward_cuda(params, nullptr);
     grad_weight_made.copy_to(grad_weight);
     return error;
   });
