@@ -118,7 +118,9 @@ def conv_to_affine(
         padding_mode: 'zeros', 'reflect', 'replicate' or 'circular', as torch.nn.Conv2d has them.
         layout: Layout of the matrix: torch.strided, torch.sparse_csr or torch.sparse_coo. The
             sparse ones store the taps and nothing else, by ascending column (coalesced), are built
-            without a dense pass, and pass gradients on through their values.
+            without a dense pass, and pass gradients on through their values. torch.compile makes
+            no sparse tensors; torch.ops.linfuse.conv_to_csr, which returns values, columns and row
+            pointers, compiles.
         rows: `(start, stop)` for only these rows of the matrix and of the offset.
         index_dtype: Of the indices; torch.int32 only for torch.sparse_csr, where they fit.
 
@@ -138,6 +140,10 @@ def conv_to_affine(
                 [0., 1., 2.]])
         >>> offset
         tensor([0.5000, 0.5000])
+        >>> matrix, _ = conv_to_affine(weight, bias, input_size=3, layout=torch.sparse_coo)
+        >>> matrix.indices(), matrix.values()
+        (tensor([[0, 0, 1, 1],
+                [0, 1, 1, 2]]), tensor([1., 2., 1., 2.]))
     """
     op = "conv_to_affine"
     _check_tensor(op, "weight", weight)

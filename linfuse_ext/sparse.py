@@ -108,6 +108,11 @@ def count_stored(geometry: Geometry, rows: tuple[int, int] | None) -> int | None
     """Elements of the matrix that are taps, or of a block of its rows, by the geometry alone.
 
     None where the sizes are symbolic and the padding repeats, so that there is no formula.
+
+    Example:
+        >>> from linfuse_ext.geometry import make_geometry
+        >>> count_stored(make_geometry("layer", (64, 64, 3, 3), (64, 64), padding=1), None)
+        147865600
     """
     if rows is None:
         channels = geometry.out_channels * (geometry.in_channels // geometry.groups)

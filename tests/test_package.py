@@ -24,6 +24,7 @@ from linfuse_ext import (
     modules,
     pooling,
     reference,
+    sparse,
     storage,
 )
 from linfuse_ext.__main__ import main
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "module",
-    [functional, modules, batch_norm, pooling, storage, reference, geometry, info],
+    [functional, modules, batch_norm, pooling, sparse, storage, reference, geometry, info],
     ids=lambda m: m.__name__,
 )
 def test_examples_in_docstrings(module) -> None:

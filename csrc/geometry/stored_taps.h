@@ -12,12 +12,12 @@
 //   T_a      those of all positions
 //   slot     which of the groups of its output position a tap is in, on each axis
 //
-// The views are plain pointers, so that a kernel on a card can take them; the tables own the words
-// that they point into, as one block that one copy takes there.
+// The views are plain pointers, so that a kernel on a card can take them. The tables own what they
+// point at; pack() writes it as one block of words, which one copy takes to the card.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "axis_taps.h"
@@ -105,13 +105,18 @@ struct KernelTaps {
 
 namespace detail {
 
-// Appends a table to a block of words and returns where it starts.
 template <typename Entry>
-size_t append(std::vector<int64_t>& words, const std::vector<Entry>& table) {
+void append(std::vector<int64_t>& words, const std::vector<Entry>& table) {
   static_assert(sizeof(Entry) % sizeof(int64_t) == 0, "tables are made of 64-bit words");
-  const size_t at = words.size();
-  words.resize(at + table.size() * sizeof(Entry) / sizeof(int64_t));
-  if (!table.empty()) std::memcpy(words.data() + at, table.data(), table.size() * sizeof(Entry));
+  const auto* first = reinterpret_cast<const int64_t*>(table.data());
+  words.insert(words.end(), first, first + table.size() * (sizeof(Entry) / sizeof(int64_t)));
+}
+
+// Where a table lies in a block of words, read in the order in which it was written.
+template <typename Entry>
+const Entry* next(const int64_t*& words, const std::vector<Entry>& table) {
+  const auto* at = reinterpret_cast<const Entry*>(words);
+  words += table.size() * (sizeof(Entry) / sizeof(int64_t));
   return at;
 }
 
@@ -125,81 +130,107 @@ class RowTables {
   RowTables(const Geometry& g, int64_t row_start, int64_t row_stop) {
     Range ranges[kAxes];
     positions_of_rows(g, row_start, row_stop, ranges);
-    for (int a = 0; a < kAxes; ++a) {
-      const AxisTaps taps = taps_by_row(g, a, ranges[a]);
-      first_[a] = ranges[a].first;
-      start_[a] = detail::append(words_, taps.start);
-      groups_[a] = detail::append(words_, taps.groups);
-      kernel_[a] = detail::append(words_, taps.kernel);
-    }
+    for (int a = 0; a < kAxes; ++a) axis_[a] = taps_by_row(g, a, ranges[a]);
   }
 
-  const std::vector<int64_t>& words() const { return words_; }
-  RowTaps view() const { return view(words_.data()); }
-
-  // The tables as they lie in a copy of words().
-  RowTaps view(const int64_t* words) const {
+  RowTaps view() const {
     RowTaps taps;
     for (int a = 0; a < kAxes; ++a) {
-      taps.stored.start[a] = words + start_[a];
-      taps.first[a] = first_[a];
-      taps.groups[a] = reinterpret_cast<const TapGroup*>(words + groups_[a]);
-      taps.kernel[a] = words + kernel_[a];
+      taps.stored.start[a] = axis_[a].start.data();
+      taps.first[a] = axis_[a].first;
+      taps.groups[a] = axis_[a].groups.data();
+      taps.kernel[a] = axis_[a].kernel.data();
+    }
+    return taps;
+  }
+
+  std::vector<int64_t> pack() const {
+    std::vector<int64_t> words;
+    for (const AxisTaps& axis : axis_) {
+      detail::append(words, axis.start);
+      detail::append(words, axis.groups);
+      detail::append(words, axis.kernel);
+    }
+    return words;
+  }
+
+  // The tables as they lie in a copy of pack().
+  RowTaps view(const int64_t* words) const {
+    RowTaps taps = view();
+    for (int a = 0; a < kAxes; ++a) {
+      taps.stored.start[a] = detail::next(words, axis_[a].start);
+      taps.groups[a] = detail::next(words, axis_[a].groups);
+      taps.kernel[a] = detail::next(words, axis_[a].kernel);
     }
     return taps;
   }
 
  private:
-  std::vector<int64_t> words_;
-  int64_t first_[kAxes];
-  size_t start_[kAxes];
-  size_t groups_[kAxes];
-  size_t kernel_[kAxes];
+  AxisTaps axis_[kAxes];
 };
 
 class KernelTables {
  public:
   explicit KernelTables(const Geometry& g) {
     for (int a = 0; a < kAxes; ++a) {
-      const AxisTaps taps = taps_by_row(g, a);
-      std::vector<int64_t> start(static_cast<size_t>(g.axis[a].kernel) + 1, 0);
-      for (int64_t k : taps.kernel) ++start[static_cast<size_t>(k) + 1];
-      for (size_t k = 1; k < start.size(); ++k) start[k] += start[k - 1];
-      std::vector<TapUse> uses(taps.kernel.size());
-      std::vector<int64_t> next = start;
+      AxisTaps taps = taps_by_row(g, a);
+      Table& table = axis_[a];
+      table.start.assign(static_cast<size_t>(g.axis[a].kernel) + 1, 0);
+      for (int64_t k : taps.kernel) ++table.start[static_cast<size_t>(k) + 1];
+      for (size_t k = 1; k < table.start.size(); ++k) table.start[k] += table.start[k - 1];
+      std::vector<int64_t> next = table.start;
+      table.uses.resize(taps.kernel.size());
       for (int64_t o = 0; o < g.axis[a].out; ++o) {
         for (const TapGroup* group = taps.begin(o); group != taps.end(o); ++group) {
           for (int64_t n = group->first; n < group->last; ++n) {
             const auto k = static_cast<size_t>(taps.kernel[static_cast<size_t>(n)]);
-            uses[static_cast<size_t>(next[k]++)] = {o, group - taps.begin(o)};
+            table.uses[static_cast<size_t>(next[k]++)] = {o, group - taps.begin(o)};
           }
         }
       }
-      stored_[a] = detail::append(words_, taps.start);
-      start_[a] = detail::append(words_, start);
-      uses_[a] = detail::append(words_, uses);
+      table.stored = std::move(taps.start);
     }
   }
 
-  const std::vector<int64_t>& words() const { return words_; }
-  KernelTaps view() const { return view(words_.data()); }
+  KernelTaps view() const {
+    KernelTaps taps;
+    for (int a = 0; a < kAxes; ++a) {
+      taps.stored.start[a] = axis_[a].stored.data();
+      taps.start[a] = axis_[a].start.data();
+      taps.uses[a] = axis_[a].uses.data();
+    }
+    return taps;
+  }
 
-  // The tables as they lie in a copy of words().
+  std::vector<int64_t> pack() const {
+    std::vector<int64_t> words;
+    for (const Table& axis : axis_) {
+      detail::append(words, axis.stored);
+      detail::append(words, axis.start);
+      detail::append(words, axis.uses);
+    }
+    return words;
+  }
+
+  // The tables as they lie in a copy of pack().
   KernelTaps view(const int64_t* words) const {
     KernelTaps taps;
     for (int a = 0; a < kAxes; ++a) {
-      taps.stored.start[a] = words + stored_[a];
-      taps.start[a] = words + start_[a];
-      taps.uses[a] = reinterpret_cast<const TapUse*>(words + uses_[a]);
+      taps.stored.start[a] = detail::next(words, axis_[a].stored);
+      taps.start[a] = detail::next(words, axis_[a].start);
+      taps.uses[a] = detail::next(words, axis_[a].uses);
     }
     return taps;
   }
 
  private:
-  std::vector<int64_t> words_;
-  size_t stored_[kAxes];
-  size_t start_[kAxes];
-  size_t uses_[kAxes];
+  struct Table {
+    std::vector<int64_t> stored;
+    std::vector<int64_t> start;
+    std::vector<TapUse> uses;
+  };
+
+  Table axis_[kAxes];
 };
 
 }  // namespace linfuse

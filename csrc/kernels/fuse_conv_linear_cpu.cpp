@@ -50,18 +50,25 @@ struct Slab {
   }
 };
 
-Slab make_slab(const Geometry& g, int axis, Range range) {
-  Slab slab = {range, {}};
+// False where the slab would read more than `most` output positions.
+bool make_slab(const Geometry& g, int axis, Range range, int64_t most, Slab& slab) {
+  slab.range = range;
+  slab.reads.clear();
   PositionTaps taps;
   for (int64_t i = range.first; i < range.last; ++i) {
     taps.list_by_column(g, axis, i);
-    for (const TapGroup& group : taps.groups) slab.reads.push_back(group.position);
-    if (slab.reads.size() > size_t{1} << 16 || i + 1 == range.last) {
-      std::sort(slab.reads.begin(), slab.reads.end());
-      slab.reads.erase(std::unique(slab.reads.begin(), slab.reads.end()), slab.reads.end());
+    for (const TapGroup& group : taps.groups) {
+      // Nearly always the next one, or one that is there.
+      if (slab.reads.empty() || group.position > slab.reads.back()) {
+        slab.reads.push_back(group.position);
+        continue;
+      }
+      const auto place = std::lower_bound(slab.reads.begin(), slab.reads.end(), group.position);
+      if (*place != group.position) slab.reads.insert(place, group.position);
     }
+    if (static_cast<int64_t>(slab.reads.size()) > most) return false;
   }
-  return slab;
+  return true;
 }
 
 // The sizes of the work. They follow from the problem alone and are the same for every thread
@@ -77,7 +84,7 @@ struct Plan {
   int vector_choice;  // the widest panel has 2^vector_choice vectors
   int lanes;
   int slab_axis;  // the first axis of more than one input position
-  std::vector<Slab> slabs;
+  int64_t slab_length;
   int64_t most_reads;  // of a slab
 
   int64_t width(int choice) const { return int64_t{lanes} << choice; }
@@ -99,14 +106,15 @@ struct Plan {
 void cut_slabs(const Geometry& g, int64_t bytes_per_read, Plan& plan) {
   const int64_t size = g.axis[plan.slab_axis].in;
   for (int64_t length = size;; length = divide_up(length, 2)) {
-    plan.slabs.clear();
+    const int64_t most =
+        length == 1 ? INT64_MAX : std::max<int64_t>(1, kMostPanelBytes / bytes_per_read);
+    plan.slab_length = length;
     plan.most_reads = 0;
     bool fits = true;
     for (int64_t first = 0; first < size && fits; first += length) {
-      plan.slabs.push_back(make_slab(g, plan.slab_axis, {first, std::min(size, first + length)}));
-      const auto reads = static_cast<int64_t>(plan.slabs.back().reads.size());
-      plan.most_reads = std::max(plan.most_reads, reads);
-      fits = length == 1 || reads <= std::max<int64_t>(1, kMostPanelBytes / bytes_per_read);
+      Slab slab;
+      fits = make_slab(g, plan.slab_axis, {first, std::min(size, first + length)}, most, slab);
+      plan.most_reads = std::max(plan.most_reads, static_cast<int64_t>(slab.reads.size()));
     }
     if (fits) return;
   }
@@ -182,7 +190,11 @@ class Product {
     for_each(parallel_for_, params_.features, g_.rows(), [&](int64_t f) { write_bias(f); });
     const bool one_batch = plan_.batch == plan_.blocks;
     if (one_batch) pack_weight({0, plan_.blocks});
-    for (const Slab& slab : plan_.slabs) {
+    const int64_t size = g_.axis[plan_.slab_axis].in;
+    for (int64_t start = 0; start < size; start += plan_.slab_length) {
+      Slab slab;
+      const Range range = {start, std::min(size, start + plan_.slab_length)};
+      make_slab(g_, plan_.slab_axis, range, INT64_MAX, slab);
       list_sources(slab);
       int64_t first = 0;
       while (first < params_.features) {

@@ -166,14 +166,14 @@ const char* conv_to_csr(const Problem* problem, int64_t index32, const void* wei
     const size_t index_bytes = params.index32 ? sizeof(int32_t) : sizeof(int64_t);
     const auto stored = static_cast<size_t>(params.stored);
     const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
-    Memory tables_copy("tables", sizeof(int64_t) * tables.words().size(), sizeof(int64_t),
-                       tables.words().data());
+    const std::vector<int64_t> words = tables.pack();
+    Memory words_copy("words", sizeof(int64_t) * words.size(), sizeof(int64_t), words.data());
     Memory weight_copy("weight", bytes * product(problem->weight_size, problem->axes + 2), bytes,
                        weight);
     Memory values_made("values", bytes * stored, kOutputAlignment);
     Memory columns_made("columns", index_bytes * stored, kOutputAlignment);
     Memory row_pointers_made("row_pointers", index_bytes * (rows + 1), kOutputAlignment);
-    params.taps = tables.view(static_cast<const int64_t*>(tables_copy.data()));
+    params.taps = tables.view(static_cast<const int64_t*>(words_copy.data()));
     params.weight = weight_copy.data();
     params.values = values_made.data();
     params.columns = columns_made.data();
@@ -200,12 +200,12 @@ const char* conv_to_csr_backward(const Problem* problem, const void* grad_values
     const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
     const auto stored =
         static_cast<size_t>(stored_in(*problem, params.geometry, tables.view().stored));
-    Memory tables_copy("tables", sizeof(int64_t) * tables.words().size(), sizeof(int64_t),
-                       tables.words().data());
+    const std::vector<int64_t> words = tables.pack();
+    Memory words_copy("words", sizeof(int64_t) * words.size(), sizeof(int64_t), words.data());
     Memory grad_values_copy("grad_values", bytes * stored, bytes, grad_values);
     Memory grad_weight_made("grad_weight", bytes * product(problem->weight_size, problem->axes + 2),
                             kOutputAlignment);
-    params.taps = tables.view(static_cast<const int64_t*>(tables_copy.data()));
+    params.taps = tables.view(static_cast<const int64_t*>(words_copy.data()));
     params.grad_values = grad_values_copy.data();
     params.grad_weight = grad_weight_made.data();
     const cudaError_t error = linfuse::launch_conv_to_csr_backward_cuda(params, nullptr);
