@@ -58,7 +58,7 @@ def _check_pair(op: str, layer: Any, bn: Any, side: str) -> None:
 
 def _check_tensors(op: str, weight: Tensor, bn: Any) -> None:
     """Dtypes and devices are such that torch would run the two layers."""
-    _check_tensor(op, "layer.weight", weight)
+    check_tensor(op, "layer.weight", weight)
     half = weight.dtype in (torch.float16, torch.bfloat16)
     dtypes = (weight.dtype, torch.float32) if half else (weight.dtype,)
     for name in ("running_mean", "running_var", "weight", "bias"):

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import sparse, torch_engine
 from .composition import Conv, Merge, compose
-from .geometry import Geometry, as_int, make_geometry, make_settings
+from .geometry import DTYPES, Geometry, as_int, make_geometry, make_settings
 
 __all__ = [
     "conv_to_affine",
@@ -29,15 +30,27 @@ __all__ = [
     "fuse_linear_linear",
 ]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 Size = int | Sequence[int]
 Padding = int | Sequence[int] | str
 
 
-def _check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None) -> None:
+def _tangent(tensor: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None) -> None:
+    """Checks that an operand is a dense tensor of a dtype of ours, or else that of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}")
+    # Without this, forward-mode derivatives of a custom op are zeros without a word.
+    if forward_ad._current_level >= 0 and _tangent(tensor) is not None:
+        raise ValueError(
+            f"{op}: `{name}` must carry no forward-mode tangent, as the ops have reverse-mode "
+            "derivatives only; use torch.autograd.grad or backward()"
+        )
+    if tensor.is_nested:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got a nested one")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: `{name}` must be a dense tensor, got {tensor.layout}")
     if like is None:
@@ -60,7 +73,7 @@ def _check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None
 def _check_vector(op: str, name: str, vector: Tensor | None, like: Tensor, size: int) -> None:
     if vector is None:
         return
-    _check_tensor(op, name, vector, like)
+    check_tensor(op, name, vector, like)
     if vector.dim() != 1 or vector.shape[0] != size:
         raise ValueError(f"{op}: `{name}` must have shape ({size},), got {tuple(vector.shape)}")
 
@@ -146,7 +159,7 @@ def conv_to_affine(
                 [0, 1, 1, 2]]), tensor([1., 2., 1., 2.]))
     """
     op = "conv_to_affine"
-    _check_tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     if not isinstance(layout, torch.layout):
         raise TypeError(f"{op}: `layout` must be a torch.layout, got {layout!r}")
     if layout not in (torch.strided, torch.sparse_csr, torch.sparse_coo):
@@ -231,7 +244,7 @@ def conv_to_diagonals(
         tensor([ 21.5000, 210.5000,   0.0000,   0.0000])
     """
     op = "conv_to_diagonals"
-    _check_tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     geometry = make_geometry(
         op,
         weight.shape,
@@ -301,8 +314,8 @@ def fuse_conv_linear(
         (tensor([[ 1., 12., 20.]]), tensor([8.5000]))
     """
     op = "fuse_conv_linear"
-    _check_tensor(op, "conv_weight", conv_weight)
-    _check_tensor(op, "linear_weight", linear_weight, conv_weight)
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight)
     geometry = make_geometry(
         op,
         conv_weight.shape,
@@ -387,8 +400,8 @@ def fuse_linear_conv(
                 [210.]]), tensor([0.5000, 0.5000]))
     """
     op = "fuse_linear_conv"
-    _check_tensor(op, "conv_weight", conv_weight)
-    _check_tensor(op, "linear_weight", linear_weight, conv_weight)
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight)
     geometry = make_geometry(
         op,
         conv_weight.shape,
@@ -470,8 +483,8 @@ def fuse_linear_linear(
 
 def check_pair(op: str, first_weight: Tensor, second_weight: Tensor) -> None:
     """Checks the weights of two layers in a row: dtypes and devices."""
-    _check_tensor(op, "first_weight", first_weight)
-    _check_tensor(op, "second_weight", second_weight, first_weight)
+    check_tensor(op, "first_weight", first_weight)
+    check_tensor(op, "second_weight", second_weight, first_weight)
 
 
 def _settings(op: str, name: str, weight: Tensor, bias: Tensor | None, *settings: Any) -> Conv:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+# What the kernels compute on, whatever the geometry.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**63 - 1
 
@@ -195,6 +197,10 @@ def make_settings(
         raise ValueError(
             f"{op}: the convolution's weight must have no empty dimension, got shape {shape}"
         )
+    if not isinstance(transposed, bool):
+        raise TypeError(f"{op}: `transposed` must be a bool, got {transposed!r}")
+    if not isinstance(padding_mode, str):
+        raise TypeError(f"{op}: `padding_mode` must be a str, got {padding_mode!r}")
     kernel_size = shape[2:]
     axes = len(kernel_size)
     groups = as_int(op, "groups", groups)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import functional
 from .composition import Conv, compose
 from .functional import Size
-from .geometry import make_settings
+from .geometry import make_geometry, make_settings
 
 __all__ = [
     "conv_to_linear",
@@ -42,7 +42,7 @@ def _check_module(op: str, name: str, module: Any, kinds: tuple[type[nn.Module],
                 f"{op}: `{name}` must compute what {base.__name__} computes, but "
                 f"{type(module).__name__} overrides {method}"
             )
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+    if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
         raise ValueError(f"{op}: `{name}` must be initialised; run one batch through it first")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(
@@ -78,7 +78,8 @@ def _make_linear(
     weight: Tensor, bias: Tensor | None, weight_grad: bool, bias_grad: bool, training: bool
 ) -> nn.Linear:
     # On the meta device nothing is allocated and no random number is drawn.
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=weight_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=bias_grad)
@@ -138,6 +139,8 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
     op = "conv_to_linear"
     _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
     weight, bias = _parameters(conv)
+    functional.check_tensor(op, "weight", weight)
+    make_geometry(op, weight.shape, input_size, **_conv_keywords(conv))  # errors name this op
     with torch.no_grad():
         matrix, offset = functional.conv_to_affine(weight, bias, input_size, **_conv_keywords(conv))
     return _make_linear(

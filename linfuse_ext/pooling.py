@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .errors import FusionError
-from .functional import DTYPES, Size
-from .geometry import _per_axis, as_int
+from .functional import Size
+from .geometry import DTYPES, _per_axis, as_int
 from .modules import _CONVOLUTIONS, _check_module
 
 __all__ = ["pool_to_conv"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import torch_engine
-from .geometry import Geometry, make_geometry
+from .geometry import DTYPES, Geometry, make_geometry
 
 _OPS = torch.ops.linfuse
 
@@ -32,16 +32,51 @@ def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geome
 
 def _rows(geometry: Geometry, keywords: Any) -> tuple[int, int]:
     rows = keywords.get("rows")
-    return (0, geometry.rows) if rows is None else (rows[0], rows[1])
-
-
-def _check_matrix(op: str, name: str, matrix: Tensor, like: Tensor, cols: int) -> None:
-    """Direct callers of torch.ops meet here what linfuse_ext.functional checks first."""
-    if matrix.dim() != 2 or matrix.shape[1] != cols or matrix.shape[0] != like.shape[0]:
-        rows = "F" if matrix is like else like.shape[0]
+    if rows is None:
+        return 0, geometry.rows
+    if len(rows) != 2 or not (rows[0] >= 0 and rows[0] <= rows[1] and rows[1] <= geometry.rows):
         raise ValueError(
-            f"{op}: `{name}` must have shape ({rows}, {cols}), got {tuple(matrix.shape)}"
+            f"`rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
+            f"got {tuple(rows)}"
         )
+    return rows[0], rows[1]
+
+
+def _check_operand(
+    op: str, name: str, tensor: Tensor | None, like: Tensor, *size: int | None
+) -> None:
+    """What direct callers of torch.ops meet where a kernel is not C++; None stands for any size."""
+    if tensor is None:
+        return
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: `{name}` must be float32, float64, float16 or bfloat16, got {tensor.dtype}"
+        )
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: `{name}` must have the dtype {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: `{name}` must be on the device {like.device}, got {tensor.device}")
+    fits = tensor.dim() == len(size) and all(
+        wanted is None or actual == wanted
+        for actual, wanted in zip(tensor.shape, size, strict=True)
+    )
+    if not fits:
+        text = ", ".join("F" if n is None else str(n) for n in size)
+        raise ValueError(f"{op}: `{name}` must have shape ({text}), got {tuple(tensor.shape)}")
+
+
+def _check_fuse_conv_linear(
+    op: str,
+    geometry: Geometry,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+) -> None:
+    _check_operand(op, "conv_weight", conv_weight, conv_weight, *conv_weight.shape)
+    _check_operand(op, "linear_weight", linear_weight, conv_weight, None, geometry.rows)
+    _check_operand(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    _check_operand(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
 
 
 # Fake kernels -------------------------------------------------------------------------------------
@@ -49,13 +84,20 @@ def _check_matrix(op: str, name: str, matrix: Tensor, like: Tensor, cols: int) -
 
 @torch.library.register_fake("linfuse::conv_to_affine")
 def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> Any:
-    geometry = _geometry("conv_to_affine", weight.shape, arguments, keywords)
+    op = "conv_to_affine"
+    geometry = _geometry(op, weight.shape, arguments, keywords)
+    _check_operand(op, "weight", weight, weight, *weight.shape)
+    _check_operand(op, "bias", bias, weight, geometry.out_channels)
     start, stop = _rows(geometry, keywords)
     return weight.new_empty(stop - start, geometry.cols), weight.new_empty(stop - start)
 
 
 @torch.library.register_fake("linfuse::conv_to_affine_backward")
 def _(grad_matrix: Tensor, weight_size: Any, *arguments: Any, **keywords: Any) -> Any:
+    op = "conv_to_affine_backward"
+    geometry = _geometry(op, weight_size, arguments, keywords)
+    start, stop = _rows(geometry, keywords)
+    _check_operand(op, "grad_matrix", grad_matrix, grad_matrix, stop - start, geometry.cols)
     return grad_matrix.new_empty(weight_size)
 
 
@@ -68,14 +110,18 @@ def _(
     *arguments: Any,
     **keywords: Any,
 ) -> Any:
-    geometry = _geometry("fuse_conv_linear", conv_weight.shape, arguments, keywords)
+    op = "fuse_conv_linear"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
     features = linear_weight.shape[0]
     return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
 
 
 @torch.library.register_fake("linfuse::convolve_rows")
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
-    geometry = _geometry("convolve_rows", conv_weight.shape, arguments, keywords)
+    op = "convolve_rows"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_operand(op, "rows", rows, conv_weight, None, geometry.cols)
     return rows.new_empty(rows.shape[0], geometry.rows)
 
 
@@ -83,6 +129,11 @@ def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> An
 def _(
     grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
 ) -> Any:
+    op = "fuse_conv_linear_backward_conv"
+    geometry = _geometry(op, weight_size, arguments, keywords)
+    features = grad_weight.shape[0]
+    _check_operand(op, "grad_weight", grad_weight, grad_weight, None, geometry.cols)
+    _check_operand(op, "linear_weight", linear_weight, grad_weight, features, geometry.rows)
     return grad_weight.new_empty(weight_size)
 
 
@@ -93,7 +144,7 @@ def _(
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     op = "convolve_rows"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_matrix(op, "rows", rows, rows, geometry.cols)
+    _check_operand(op, "rows", rows, conv_weight, None, geometry.cols)
     return torch_engine.convolve_rows(conv_weight, rows, geometry).contiguous()
 
 
@@ -103,8 +154,9 @@ def _(
 ) -> Tensor:
     op = "fuse_conv_linear_backward_conv"
     geometry = _geometry(op, weight_size, arguments, keywords)
-    _check_matrix(op, "grad_weight", grad_weight, grad_weight, geometry.cols)
-    _check_matrix(op, "linear_weight", linear_weight, grad_weight, geometry.rows)
+    features = grad_weight.shape[0]
+    _check_operand(op, "grad_weight", grad_weight, grad_weight, None, geometry.cols)
+    _check_operand(op, "linear_weight", linear_weight, grad_weight, features, geometry.rows)
     return torch_engine.conv_gradient(
         linear_weight, grad_weight, weight_size, geometry
     ).contiguous()
@@ -119,8 +171,9 @@ def fuse_conv_linear_by_torch(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
     """fuse_conv_linear on CUDA: the product by cuDNN, the bias by one matrix-vector product."""
-    geometry = _geometry("fuse_conv_linear", conv_weight.shape, arguments, keywords)
-    _check_matrix("fuse_conv_linear", "linear_weight", linear_weight, linear_weight, geometry.rows)
+    op = "fuse_conv_linear"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
     weight = torch_engine.product(conv_weight, linear_weight, geometry).contiguous()
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     features = linear_weight.shape[0]
@@ -153,9 +206,10 @@ def _(
     """Each column of the Linear, and its bias, is an image that goes forward."""
     op = "fuse_linear_conv"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    columns = linear_weight.T
-    _check_matrix(op, "transposed linear_weight", columns, columns, geometry.cols)
-    weight = _OPS.convolve_rows(columns, conv_weight, *arguments, **keywords).T
+    _check_operand(op, "linear_weight", linear_weight, conv_weight, geometry.cols, None)
+    _check_operand(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    _check_operand(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    weight = _OPS.convolve_rows(linear_weight.T, conv_weight, *arguments, **keywords).T
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
     if linear_bias is not None:
@@ -275,8 +329,10 @@ def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor 
         by_linear_bias = grad_bias
     if grad_bias is not None and conv_bias is not None:
         channels = conv_bias.shape[0]
+        wide = torch.promote_types(conv_bias.dtype, torch.float32)
         if ctx.needs_input_grad[1]:
-            by_conv_bias = (grad_bias @ linear_weight).view(channels, -1).sum(1)
+            sums = linear_weight.view(linear_weight.shape[0], channels, -1).sum(2, dtype=wide)
+            by_conv_bias = (grad_bias.to(wide)[:, None] * sums).sum(0).to(conv_bias.dtype)
         if ctx.needs_input_grad[2]:
             positions = linear_weight.shape[1] // channels
             by_bias = grad_bias[:, None] * conv_bias.repeat_interleave(
@@ -333,22 +389,27 @@ def _backward_conv_gradient(ctx: Any, grad: Tensor) -> Any:
 # vmap ---------------------------------------------------------------------------------------------
 
 
+def _element(argument: Any, dim: int | None, n: int) -> Any:
+    if dim is None or not isinstance(argument, Tensor):
+        return argument
+    if argument.shape[dim] == 0:
+        return argument.new_zeros(argument.shape[:dim] + argument.shape[dim + 1 :])
+    return argument.select(dim, n)
+
+
 def _one_by_one(op: Any) -> Callable[..., Any]:
     """Runs the op once for each element of the batch and stacks: geometry is never batched."""
 
     def batched(info: Any, in_dims: Any, *arguments: Any, **keywords: Any) -> Any:
-        outputs = []
-        for n in range(info.batch_size):
-            chosen = [
-                argument
-                if dim is None or not isinstance(argument, Tensor)
-                else argument.select(dim, n)
-                for argument, dim in zip(arguments, in_dims, strict=True)
-            ]
-            outputs.append(op(*chosen, **keywords))
+        # An empty batch still has a shape: that of what one element of zeros gives.
+        outputs = [
+            op(*(_element(a, d, n) for a, d in zip(arguments, in_dims, strict=True)), **keywords)
+            for n in range(max(1, info.batch_size))
+        ]
         if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(torch.stack(values) for values in zip(*outputs, strict=True)), (0, 0)
+            return torch.stack(outputs)[: info.batch_size], 0
+        stacked = (torch.stack(each)[: info.batch_size] for each in zip(*outputs, strict=True))
+        return tuple(stacked), (0,) * len(outputs[0])
 
     return batched
 

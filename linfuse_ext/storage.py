@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from .functional import DTYPES, Size
-from .geometry import as_int, make_geometry
+from .functional import Size
+from .geometry import DTYPES, as_int, make_geometry
 from .matrix_files import Advance, BlockedMatrix, write_npz, write_safetensors
 from .modules import _CONVOLUTIONS, _TRANSPOSED, _check_module, _conv_keywords, _parameters
 

@@ -8,14 +8,15 @@ trilinear form `phi(w, L, G) = sum_f sum_row sum_col G[f, col] L[f, row] A(w)[ro
     conv_gradient  d phi / d w                  the weight gradient of the convolution
 
 This is the engine of the last two everywhere, and of the product on CUDA. L is `[F, rows]`, G
-`[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or torch's
-matmul switches allow TF32.
+`[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or
+torch.backends.cuda.matmul.fp32_precision allow TF32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,34 @@ from .composition import common_divisor, tap_spacing
 from .geometry import Geometry
 
 
+def _tf32_is_on() -> bool:
+    """Whether the caller lets matrix products round float32 to TF32, by torch's own switch."""
+    backends: Any = torch.backends
+    precision = backends.cuda.matmul.fp32_precision
+    if precision == "none":  # not set: the switch of all backends decides
+        precision = backends.fp32_precision
+    return bool(precision == "tf32")
+
+
 @contextmanager
-def _matmul_precision(tensor: Tensor) -> Iterator[None]:
-    """Lets cuDNN round float32 to TF32 exactly where the caller lets matrix products do so."""
-    if tensor.is_cuda:
-        allow = torch.get_float32_matmul_precision() != "highest"
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=True,
-            allow_tf32=allow,
-        ):
+def _own_precision(tensor: Tensor) -> Iterator[None]:
+    """Lets nothing but the dtype and the switch for matrix products decide the precision.
+
+    Autocast would lower it inside an op that returns what its operands are; cuDNN has TF32 on by
+    default.
+    """
+    with torch.autocast(tensor.device.type, enabled=False):
+        if not tensor.is_cuda:
             yield
-    else:
-        yield
+            return
+        backends: Any = torch.backends
+        switch = backends.cudnn.conv
+        before = switch.fp32_precision
+        switch.fp32_precision = "tf32" if _tf32_is_on() else "ieee"
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before
 
 
 def _pad(images: Tensor, geometry: Geometry) -> Tensor:
@@ -106,7 +121,7 @@ def _convolve(
 ) -> Tensor:
     axes = len(geometry.stride)
     zeros = [0] * axes
-    with _matmul_precision(images):
+    with _own_precision(images):
         images = torch.ops.aten.convolution(
             images,
             weight,
@@ -167,9 +182,12 @@ def conv_gradient(
     linear: Tensor, grad: Tensor, weight_size: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """Returns the gradient of `sum(grad * (linear @ A(weight)))` in the weight, `weight_size`."""
-    features = grad.shape[0]
+    features, dtype = grad.shape[0], grad.dtype
     if features == 0:
         return grad.new_zeros(weight_size)
+    if not grad.is_cuda and dtype in (torch.float16, torch.bfloat16):
+        # Some of torch's routines add up the rows in the half type itself.
+        grad, linear = grad.float(), linear.float()
     fine = grad.reshape(features, geometry.in_channels, *geometry.input_size)
     coarse = linear.reshape(features, geometry.out_channels, *geometry.output_size)
     # A transposed convolution takes grad as its input and the Linear's rows as output gradient.
@@ -177,7 +195,7 @@ def conv_gradient(
         (fine, _uncrop(coarse, geometry)) if geometry.transposed else (_pad(fine, geometry), coarse)
     )
     zeros = [0] * len(geometry.stride)
-    with _matmul_precision(grad):
+    with _own_precision(grad):
         gradients = torch.ops.aten.convolution_backward(
             outputs,
             images,
@@ -191,7 +209,7 @@ def conv_gradient(
             geometry.groups,
             [False, True, False],
         )
-    by_weight: Tensor = gradients[1]
+    by_weight: Tensor = gradients[1].to(dtype)
     return by_weight
 
 

@@ -102,6 +102,29 @@ def test_bits_do_not_depend_on_the_threads(case: Case) -> None:
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+def test_a_block_of_rows_costs_what_it_holds() -> None:
+    """One row of a layer whose output would not fit anywhere."""
+    for mode in ("zeros", "replicate"):
+        matrix, _ = functional.conv_to_affine(
+            torch.ones(1, 1, 1), None, 1, padding=2**40, padding_mode=mode, rows=(2**40, 2**40 + 1)
+        )
+        assert matrix.tolist() == [[1.0]]
+    grad = torch.ops.linfuse.conv_to_affine_backward(
+        torch.ones(1, 1), [1, 1, 1], [1], padding=[2**40], rows=[2**40, 2**40 + 1]
+    )
+    assert grad.item() == 1
+
+
+def test_vmap_over_nothing() -> None:
+    case = BY_NAME["same3x3"]
+    matrices, offsets = torch.func.vmap(lambda weight: call(case, weight, None))(
+        torch.empty(0, *case.weight_size)
+    )
+    geometry = case.geometry()
+    assert matrices.shape == (0, geometry.rows, geometry.cols)
+    assert offsets.shape == (0, geometry.rows)
+
+
 def test_matrices_beyond_32_bits() -> None:
     """46 416 x 46 400 half-precision numbers are 4.3 GB."""
     weight = torch.randn(1, 1, 17, dtype=torch.float16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 from linfuse_ext import functional
 
@@ -83,6 +84,8 @@ TYPES = [
     (affine((6, 5), 1, 0, 1, 1.0), "`groups` must be an int, got 1.0 (float)"),
     (affine(rows=3), "`rows` must be a pair (start, stop) or None, got 3"),
     (affine(rows=(0, 1.5)), "`rows` must be an int, got 1.5 (float)"),
+    (affine(transposed="no"), "`transposed` must be a bool, got 'no'"),
+    (affine(padding_mode=None), "`padding_mode` must be a str, got None"),
     (affine(layout="dense"), "`layout` must be a torch.layout, got 'dense'"),
     (fused(linear=LINEAR.double()), "`linear_weight` must have the dtype of the weight (torch.float32), got torch.float64"),
     (fused(linear=None), "`linear_weight` must be a tensor, got NoneType"),
@@ -120,7 +123,10 @@ def direct_fused(linear=LINEAR, linear_bias=None, conv_bias=BIAS, size=(6, 5)):
 DIRECT = [
     (direct_affine(weight=torch.ones(2, 3)), "must have 3, 4 or 5 dimensions, got shape (2, 3)"),
     (direct_affine(weight=WEIGHT.int()), "`weight` must be float32, float64, float16 or bfloat16"),
-    (direct_affine((6,)), "`input_size` must have 2 values"),
+    (direct_affine((6, 5, 4)), "`input_size` must have one value or 2, got (6, 5, 4)"),
+    (direct_affine((6,)), None),  # one value stands for all axes
+    (direct_affine(bias=BIAS.to("meta")), "`bias` must be on the device"),
+    (direct_fused(LINEAR.to("meta")), "`linear_weight` must be on the device"),
     (direct_affine(stride=[0]), "`stride` must be positive, got (0,)"),
     (direct_affine(stride=[2**62]), None),  # a huge step is no error: one output position
     (direct_affine(dilation=[2**62]), "the sizes must fit in 63 bits"),
@@ -157,6 +163,22 @@ def test_direct_callers_meet_the_same_checks(number: int) -> None:
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_forward_mode_is_refused_and_not_zero() -> None:
+    """A custom op without a forward rule would give a derivative of zeros."""
+    for call in (
+        lambda weight: functional.conv_to_affine(weight, BIAS, (6, 5))[0],
+        lambda weight: functional.fuse_conv_linear(weight, BIAS, LINEAR, None, (6, 5))[0],
+        lambda weight: functional.fuse_linear_conv(torch.ones(60, 2), None, weight, None, (6, 5))[
+            0
+        ],
+        lambda weight: functional.fuse_conv_conv(weight, None, torch.ones(1, 4, 1, 1), None)[0],
+    ):
+        with pytest.raises(ValueError, match="must carry no forward-mode tangent"):
+            torch.func.jvp(call, (WEIGHT,), (WEIGHT,))
+        with forward_ad.dual_level():
+            call(WEIGHT)  # no tangent, no objection
 
 
 def test_too_large_for_the_machine_is_an_ordinary_error() -> None:

@@ -171,7 +171,7 @@ REFUSED = [
     (lambda: lf.conv_to_linear(nn.LazyConv2d(3, 3), 6), ValueError,
      "conv_to_linear: `conv` must be initialised; run one batch through it first"),
     (lambda: lf.conv_to_linear(nn.Conv2d(2, 3, 3), (6, 5, 4)), ValueError,
-     "conv_to_affine: `input_size` must have one value or 2, got (6, 5, 4)"),
+     "conv_to_linear: `input_size` must have one value or 2, got (6, 5, 4)"),
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3), 6), TypeError,
      "fuse_conv_linear: `linear` must be one of Linear, got Conv2d"),
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3), OwnLinear(36, 5), 6), TypeError,
@@ -183,7 +183,7 @@ REFUSED = [
      "fuse_conv_linear: `linear_weight` must have the dtype of the weight (torch.float64), "
      "got torch.float32"),
     (lambda: lf.conv_to_linear(nn.Conv2d(2, 3, 3).to(torch.complex64), 6), TypeError,
-     "conv_to_affine: `weight` must be float32, float64, float16 or bfloat16, got torch.complex64"),
+     "conv_to_linear: `weight` must be float32, float64, float16 or bfloat16, got torch.complex64"),
     (lambda: lf.fuse_conv_linear(nn.Conv2d(2, 3, 3, device="meta"), LINEAR, (6, 5)), ValueError,
      "fuse_conv_linear: `linear_weight` must be on the device of the weight (meta), got cpu"),
 ]  # fmt: skip

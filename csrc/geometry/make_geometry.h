@@ -114,10 +114,6 @@ inline Geometry make_geometry(const std::string& op, const ConvArguments& argume
     }
   }
   const size_t axes = weight_size.size() - 2;
-  if (arguments.input_size.size() != axes) {
-    reject(op, "`input_size` must have " + std::to_string(axes) +
-                   " values, as the weight has spatial axes, got " + to_text(arguments.input_size));
-  }
   const auto input_size = per_axis(op, "input_size", arguments.input_size, axes, 1);
   const auto stride = per_axis(op, "stride", arguments.stride, axes, 1);
   const auto dilation = per_axis(op, "dilation", arguments.dilation, axes, 1);

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 32;
-constexpr int kBlocks = 2;  // a multiprocessor: leaves the registers that keep all from spilling
+constexpr int kBlocks = 2;  // on a multiprocessor at least: 128 registers a thread, so none spill
 constexpr int kRowsPerBlock = kThreads / kLanes;
 
 struct Digits {

@@ -29,7 +29,7 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
   if (tensor.scalar_type() != like.scalar_type()) {
     reject(op, std::string("`") + name + "` must have the dtype of `" + like_name + "`");
   }
-  if (tensor.is_cuda() != like.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
+  if (tensor.device() != like.device()) {
     reject(op, std::string("`") + name + "` must be on the device of `" + like_name + "`");
   }
   if (size_of(tensor) != size) {
