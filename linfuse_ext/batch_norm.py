@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FusionError
-from .functional import _check_tensor
+from .functional import check_tensor
 from .modules import (
     _CONVOLUTIONS,
     _TRANSPOSED,
