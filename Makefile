@@ -34,8 +34,9 @@ $(VENV)/built: $(VENV)/installed setup.py linfuse_ext/_version.py $(SOURCES)
 demo: build
 	$(BIN)/python examples/digits.py
 
+# A process for each core, each with one thread: small tensors gain nothing from more.
 test: build
-	$(BIN)/python -m pytest -q -m "not cuda" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not cuda" -n auto --dist worksteal tests
 
 bench: build
 	$(BIN)/python -m bench

@@ -62,7 +62,8 @@ def convolve(
     extra = extra * axes if len(extra) == 1 else extra
     cut = [value for (low, high), e in zip(pairs, extra, strict=True) for value in (-low, e - high)]
     cut = [value for n in reversed(range(axes)) for value in cut[2 * n : 2 * n + 2]]
-    y = F.pad(full, cut)
+    extended = F.pad(full, [max(value, 0) for value in cut])
+    y = F.pad(extended, [min(value, 0) for value in cut])
     return y if bias is None else y + bias.view(-1, *[1] * axes)
 
 

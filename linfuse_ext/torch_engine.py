@@ -100,16 +100,23 @@ def _cut(geometry: Geometry) -> list[int]:
     ]
 
 
+def _resize(images: Tensor, amounts: list[int]) -> Tensor:
+    """F.pad in two steps: what remains may lie in the extension alone, which torch refuses."""
+    if any(amount > 0 for amount in amounts):
+        images = F.pad(images, [max(0, amount) for amount in amounts])
+    if any(amount < 0 for amount in amounts):
+        images = F.pad(images, [min(0, amount) for amount in amounts])
+    return images
+
+
 def _uncrop(images: Tensor, geometry: Geometry) -> Tensor:
     """The output images of a transposed convolution before its padding cut them."""
-    cut = _cut(geometry)
-    return F.pad(images, cut) if any(cut) else images
+    return _resize(images, _cut(geometry))
 
 
 def _crop(images: Tensor, geometry: Geometry) -> Tensor:
     """The adjoint of _uncrop."""
-    cut = _cut(geometry)
-    return F.pad(images, [-value for value in cut]) if any(cut) else images
+    return _resize(images, [-amount for amount in _cut(geometry)])
 
 
 def _convolve(

@@ -377,6 +377,16 @@ CASES = [
         transposed=True,
     ),
     Case(
+        "transposed_beyond",
+        "asymmetric crop of all that a tap reaches; output_padding is left",
+        (1, 2, 1),
+        (2,),
+        stride=3,
+        padding=(5, 0),
+        output_padding=2,
+        transposed=True,
+    ),
+    Case(
         "transposed1d",
         "1-d, transposed, dilated",
         (3, 2, 3),

@@ -243,7 +243,7 @@ def test_int32_indices_must_fit() -> None:
     ("run", "message"),
     [
         (lambda: OP(WEIGHT.int(), [6, 5]), "`weight` must be float32, float64, float16"),
-        (lambda: OP(WEIGHT, [6]), "`input_size` must have 2 values"),
+        (lambda: OP(WEIGHT, [6, 5, 4]), "`input_size` must have one value or 2"),
         (lambda: OP(WEIGHT, [6, 5], rows=[0, 49]), "`rows` must be (start, stop) with 0 <="),
         (lambda: OP(WEIGHT, [6, 5], dilation=[2**62]), "the sizes must fit in 63 bits"),
         (lambda: BACKWARD(torch.ones(3), [4, 2, 3, 3], [6, 5]), "`grad_values` must have shape"),
