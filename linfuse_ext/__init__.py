@@ -4,6 +4,13 @@
 
     lf.conv_to_linear(conv, input_size)            a convolution as a Linear
     lf.fuse_conv_linear(conv, linear, input_size)  a convolution and the Linear behind it as one
+    lf.fuse_linear_conv(linear, conv, input_size)  a Linear and the convolution behind it
+    lf.fuse_conv_conv(first, second)               two convolutions, or FusionError with the rule
+    lf.fuse_linear_linear(first, second)           two Linears
+    lf.fuse_bn(layer, bn)                          a BatchNorm behind a layer
+    lf.fuse_bn_into(bn, layer)                     a BatchNorm before it
+    lf.pool_to_conv(pool, channels)                an average pooling as a convolution
+    lf.save_matrix(path, conv, input_size)         a matrix larger than memory, to a file
 
 `linfuse_ext.functional` has the same on tensors, differentiable. `python -m linfuse_ext info` says
 what is installed and whether it fits the machine.

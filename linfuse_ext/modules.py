@@ -300,7 +300,8 @@ def fuse_conv_conv(first: nn.Module, second: nn.Module) -> nn.Module:
     names the rule that the pair breaks (linfuse_ext/composition.py) and what would work instead.
     Without padding in the second layer every pair of convolutions merges, whatever the stride,
     dilation, kernel and groups. The result is as compact as can be: it keeps the dilation and
-    groups that the two have in common.
+    groups that the two have in common. A merge is computed in float64 and rounded once; to round
+    a whole chain once, merge its layers as `.double()` and convert the last.
 
     Args:
         first: A Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d or ConvTranspose3d.

@@ -119,6 +119,21 @@ struct Geometry {
     return fold(position, fine_size(a), padding_mode);
   }
 
+  // The coarse position that kernel element k ties to a fine one of an axis padded with zeros; -1
+  // where there is none.
+  LINFUSE_HD int64_t coarse_position(int a, int64_t fine, int64_t k) const {
+    const int64_t step = fine + axis[a].pad_low - k * axis[a].dilation;
+    if (step < 0 || step % axis[a].stride != 0) return -1;
+    const int64_t coarse = step / axis[a].stride;
+    return coarse < coarse_size(a) ? coarse : -1;
+  }
+
+  // The column of an input position; c_in counts within the group of c_out.
+  LINFUSE_HD int64_t column(int64_t c_out, int64_t c_in, const Position& i) const {
+    const int64_t channel = group_of_out_channel(c_out) * in_channels_per_group() + c_in;
+    return ((channel * axis[0].in + i.at[0]) * axis[1].in + i.at[1]) * axis[2].in + i.at[2];
+  }
+
   // Start of the kernel elements of one pair of channels; c_in counts within the group of c_out.
   // Weights are [C_out, C_in / groups, kernel...], transposed ones [C_in, C_out / groups,
   // kernel...].

@@ -1,5 +1,5 @@
-// grad_weight[c_out, c_in, k] = sum over the positions q that k ties, grad_matrix[(c_out, o),
-// (c_in, i)]
+// grad_weight[c_out, c_in, k] = sum over the positions q that k ties of
+//                               grad_matrix[(c_out, o), (c_in, i)]
 //
 // A thread owns pairs (c_out, c_in) and their prod(kernel) sums, so nothing is shared and the
 // result is the same for every number of threads. Each sum runs over q, the coarse position

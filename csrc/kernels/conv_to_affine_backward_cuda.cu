@@ -1,10 +1,10 @@
-// grad_weight[c_out, c_in, k] = sum over the positions q that k ties, grad_matrix[(c_out, o),
-// (c_in, i)]
+// grad_weight[c_out, c_in, k] = sum over the positions q that k ties of
+//                               grad_matrix[(c_out, o), (c_in, i)]
 //
 // Who computes what: one block makes one element of grad_weight at a time; its threads share the
 // coarse positions q (geometry.h), each in ascending order, and add up in a tree in shared memory.
-// The order is fixed, so the bits are the same in every run; there are no atomics. Memory: each tap
-// is read once, from a row of its own; nothing else of grad_matrix is touched.
+// The order is fixed, so the bits are the same in every run; there are no atomics.
+// Memory: each tap is read once, from a row of its own; nothing else of grad_matrix is touched.
 #include "conv_to_affine_backward.h"
 
 namespace linfuse {

@@ -1,9 +1,8 @@
 // matrix[row, col] = sum over the taps k that tie (o, i) of weight[c_out, c_in, k]
 //
 // Terms
-//   segment  kSegmentBytes consecutive bytes of the matrix, seen as one flat array; part of a row,
-//   or
-//            several rows where rows are short
+//   segment  kSegmentBytes consecutive bytes of the matrix, seen as one flat array: part of a row,
+//            or several rows where rows are short
 //   pane     the part of one row that lies in a segment
 //
 // Who computes what: one block makes one segment at a time. It clears the segment in shared memory,
@@ -14,8 +13,7 @@
 // kernel element on every axis owns it and adds the others in a fixed order: no atomics.
 //
 // Shared memory: 16 KB a block, so that eight blocks of 256 threads fill a multiprocessor.
-// Not handled here: empty problems and sizes beyond int64; make_geometry and the launcher see to
-// them.
+// Not handled here: empty problems (the launcher) and sizes beyond int64 (make_geometry).
 #include "conv_to_affine.h"
 
 namespace linfuse {
@@ -63,22 +61,12 @@ __device__ void write_tap(const Geometry& g, const T* weight, int64_t c_out, con
   Position coarse;
   Position fine;
   for (int a = 0; a < kAxes; ++a) {
-    if (!g.transposed) {
-      coarse.at[a] = o.at[a];
-      fine.at[a] = g.fine_position(a, o.at[a], kernel.at[a]);
-      if (fine.at[a] < 0) return;
-      i.at[a] = fine.at[a];
-    } else {
-      // The coarse position that k ties to o, if there is one: padding is zeros here.
-      const int64_t step = o.at[a] + g.axis[a].pad_low - kernel.at[a] * g.axis[a].dilation;
-      if (step < 0 || step % g.axis[a].stride != 0) return;
-      i.at[a] = step / g.axis[a].stride;
-      if (i.at[a] >= g.axis[a].in) return;
-    }
+    coarse.at[a] = g.transposed ? g.coarse_position(a, o.at[a], kernel.at[a]) : o.at[a];
+    fine.at[a] = g.transposed ? o.at[a] : g.fine_position(a, o.at[a], kernel.at[a]);
+    i.at[a] = g.transposed ? coarse.at[a] : fine.at[a];
+    if (i.at[a] < 0) return;
   }
-  const int64_t global_c_in = g.group_of_out_channel(c_out) * g.in_channels_per_group() + c_in;
-  const int64_t col =
-      ((global_c_in * g.axis[0].in + i.at[0]) * g.axis[1].in + i.at[1]) * g.axis[2].in + i.at[2];
+  const int64_t col = g.column(c_out, c_in, i);
   if (col < first_col || col >= last_col) return;
   const T* elements = weight + g.weight_index(c_out, c_in);
   if constexpr (kRepeats) {

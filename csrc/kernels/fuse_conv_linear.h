@@ -2,8 +2,8 @@
 //
 //   fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
 //                         linear[f, (c_out, o)] * weight[c_out, c_in, k]
-//   fused_bias[f]       = linear_bias[f] + sum over c_out of bias[c_out] * sum over o of linear[f,
-//   (c_out, o)]
+//   fused_bias[f]       = linear_bias[f] + sum over c_out of
+//                         bias[c_out] * (sum over o of linear[f, (c_out, o)])
 #pragma once
 
 #include <cstdint>
