@@ -51,7 +51,7 @@ ParallelFor torch_parallel_for();
 
 #if defined(LINFUSE_WITH_CUDA)
 // The caller's current stream on the tensor's device, which is current while this lives.
-class CudaScope {
+class [[gnu::visibility("hidden")]] CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor);
   cudaStream_t stream() const { return stream_; }
