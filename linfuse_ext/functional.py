@@ -643,10 +643,6 @@ def merge_weights(
         first.dilation,
         first.groups,
     )
-    bias = torch.zeros(second.out_channels, dtype=torch.float64, device=first_weight.device)
-    if first_bias is not None:
-        forward = torch_engine.turn(second_weight.double(), second.groups)
-        bias = torch_engine.carried_bias(first_bias.double(), forward, second.groups)
-    if second_bias is not None:
-        bias = bias + second_bias.double()
+    forward = torch_engine.turn(second_weight, second.groups)
+    bias = torch_engine.merged_bias(first_bias, forward, second_bias, second.groups)
     return weight, bias.to(first_weight.dtype)

@@ -255,13 +255,7 @@ def _(
         (dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))),
         (first_groups, second_groups),
     )
-    bias = torch.zeros(second_weight.shape[0], dtype=torch.float64, device=second_weight.device)
-    if first_bias is not None:
-        bias = bias + torch_engine.carried_bias(
-            first_bias.double(), second_weight.double(), second_groups
-        )
-    if second_bias is not None:
-        bias = bias + second_bias.double()
+    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
     return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
 
 

@@ -280,10 +280,18 @@ def _as_one_group(weight: Tensor, groups: int, common: int) -> Tensor:
     return dense.reshape(weight.shape[0], blocks * in_channels, *weight.shape[2:])
 
 
-def carried_bias(first_bias: Tensor, second: Tensor, groups: int) -> Tensor:
-    """What the bias of the first layer adds behind the second, `[C_out]`, away from padding."""
-    sums = second.flatten(2).sum(2).reshape(groups, -1, second.shape[1])
-    return (sums @ first_bias.reshape(groups, -1, 1)).reshape(-1)
+def merged_bias(
+    first_bias: Tensor | None, second: Tensor, second_bias: Tensor | None, groups: int
+) -> Tensor:
+    """The bias of two convolutions in a row, `[C_out]` in float64, where nothing is padding.
+
+    `second` is the weight of the second as a convolution, `[C_out, C_mid / groups, *k2]`.
+    """
+    bias = torch.zeros(second.shape[0], dtype=torch.float64, device=second.device)
+    if first_bias is not None:
+        sums = second.double().flatten(2).sum(2).reshape(groups, -1, second.shape[1])
+        bias = (sums @ first_bias.double().reshape(groups, -1, 1)).reshape(-1)
+    return bias if second_bias is None else bias + second_bias.double()
 
 
 def turn(weight: Tensor, groups: int) -> Tensor:

@@ -77,17 +77,18 @@ struct Plan {
   int64_t in_channels;   // of a group
   int64_t out_channels;  // of a group
   int64_t kernel_positions;
-  int64_t tap_size;          // in_channels * out_channels
   int64_t blocks_per_group;  // of about the same size each
   int64_t blocks;
   int64_t batch;      // blocks
   int vector_choice;  // the widest panel has 2^vector_choice vectors
   int lanes;
-  int slab_axis;  // the first axis of more than one input position
+  int slab_axis;            // the first axis of more than one input position
+  int64_t other_positions;  // output positions for each one on the slab axis
   int64_t slab_length;
   int64_t most_reads;  // of a slab
 
   int64_t width(int choice) const { return int64_t{lanes} << choice; }
+  int64_t most_in_block() const { return divide_up(in_channels, blocks_per_group); }
   int64_t block_start(int64_t block) const {
     const int64_t within = block % blocks_per_group;
     return within * in_channels / blocks_per_group;
@@ -129,27 +130,26 @@ Plan make_plan(const FuseConvLinearParams& params) {
   plan.in_channels = g.in_channels_per_group();
   plan.out_channels = g.out_channels_per_group();
   plan.kernel_positions = g.kernel_positions();
-  plan.tap_size = plan.in_channels * plan.out_channels;
   plan.blocks_per_group = divide_up(plan.in_channels, tiles.most_channels);
   plan.blocks = g.groups * plan.blocks_per_group;
   plan.lanes = tiles.lanes;
-  const int64_t most_in_block = divide_up(plan.in_channels, plan.blocks_per_group);
-  const int64_t block_bytes = plan.kernel_positions * plan.out_channels * most_in_block * kSize;
+  const int64_t block_bytes =
+      plan.kernel_positions * plan.out_channels * plan.most_in_block() * kSize;
   plan.batch = std::min(plan.blocks, std::max<int64_t>(1, kMostWeightBytes / block_bytes));
 
   plan.slab_axis = 0;
   while (plan.slab_axis < kAxes - 1 && g.axis[plan.slab_axis].in == 1) ++plan.slab_axis;
-  // Output positions for each one on the slab axis.
-  const int64_t others = g.out_positions() / g.axis[plan.slab_axis].out;
+  plan.other_positions = g.out_positions() / g.axis[plan.slab_axis].out;
   for (int choice = TileSet<A>::kVectorChoices - 1; choice >= 0; --choice) {
     plan.vector_choice = choice;
-    if ((int64_t{1} << choice) * most_in_block <= tiles.registers &&
+    if ((int64_t{1} << choice) * plan.most_in_block() <= tiles.registers &&
         plan.width(choice) < 2 * params.features &&
         (g.rows() * plan.width(choice) * kSize <= kMostPanelBytes || choice <= 1)) {
       break;
     }
   }
-  cut_slabs(g, others * g.out_channels * plan.width(plan.vector_choice) * kSize, plan);
+  cut_slabs(g, plan.other_positions * g.out_channels * plan.width(plan.vector_choice) * kSize,
+            plan);
   return plan;
 }
 
@@ -165,15 +165,14 @@ class Product {
         parallel_for_(parallel_for),
         tiles_(tile_set<A>(simd_level())),
         plan_(make_plan<A>(params)),
-        other_positions_(g_.out_positions() / g_.axis[plan_.slab_axis].out),
         inner_positions_(positions_inside(&Axis::out)),
         linear_(static_cast<const T*>(params.linear_weight)),
         fused_(static_cast<T*>(params.weight)) {
     constexpr int64_t kSize = sizeof(A);
     const int64_t widest = plan_.width(plan_.vector_choice);
-    const int64_t most_in_block = divide_up(plan_.in_channels, plan_.blocks_per_group);
+    const int64_t most_in_block = plan_.most_in_block();
     const int64_t panel_bytes =
-        aligned(plan_.most_reads * other_positions_ * g_.out_channels * widest * kSize);
+        aligned(plan_.most_reads * plan_.other_positions * g_.out_channels * widest * kSize);
     const int64_t weight_bytes =
         aligned(plan_.batch * most_in_block * plan_.kernel_positions * plan_.out_channels * kSize);
     piece_bytes_ = aligned(kSegment * most_in_block * widest * kSize);
@@ -297,7 +296,7 @@ class Product {
   // Which output position stands where in a panel of this slab.
   void list_sources(const Slab& slab) {
     sources_.clear();
-    const int64_t outer = other_positions_ / inner_positions_;
+    const int64_t outer = plan_.other_positions / inner_positions_;
     for (int64_t n = 0; n < outer; ++n) {
       for (int64_t read : slab.reads) {
         const int64_t line = n * g_.axis[plan_.slab_axis].out + read;
@@ -452,8 +451,7 @@ class Product {
   const ParallelFor& parallel_for_;
   const TileSet<A>& tiles_;
   const Plan plan_;
-  const int64_t other_positions_;  // output positions per one on the slab axis
-  const int64_t inner_positions_;  // those inside of it
+  const int64_t inner_positions_;  // output positions on the axes inside the slab axis
   const T* linear_;
   T* fused_;
   A* panel_ = nullptr;
