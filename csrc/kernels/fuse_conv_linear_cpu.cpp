@@ -1,157 +1,40 @@
 // fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
 //                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
 //
-// Terms
-//   block    up to TileSet::most_channels input channels of one group, counted over all groups
-//   batch    the blocks whose weights are packed at a time: all of them, unless they are very many
-//   slab     a range of input positions on one axis, and the output positions that they read
-//   panel    `width` rows f of the Linear at the output positions of a slab, repacked as
-//            [group][o][c_out][f] in Accumulate<T>
+// Terms (and those of fuse_conv_linear_plan.h)
+//   run      neighbouring output positions of a slab, which a panel takes in one piece
 //   segment  kSegment consecutive input positions i
-//   unit     one segment and some blocks: what a thread takes at a time
+//   unit     one segment, some blocks and a panel: what a thread takes at a time
 //
-// For every slab and panel: pack it, then fill [segment, block] pieces of the result. Each input
-// position needs one small product over exactly its valid taps times c_out (tile.h), so neither
-// padding nor the holes of a stride are ever multiplied. The panel is read with unit stride and
-// shared by all blocks; the pieces are turned in cache so that memory sees runs of kSegment
-// elements. Every element of the result is computed whole by one thread, in a fixed order: the bits
-// do not depend on the number of threads.
-//
-// Scratch memory is bounded by kMostPanelBytes and kMostWeightBytes, however large the layers are.
-#include <algorithm>
+// For every slab and stage: pack the panels, then fill [segment, block] pieces of the result. Each
+// input position needs one small product over exactly its valid taps times c_out (tile.h), so
+// neither padding nor the holes of a stride are ever multiplied. A panel is read with unit stride
+// and shared by all blocks; its elements meet conv_bias while they are packed, so that the Linear is
+// read once. The pieces are turned in cache (turn.h) so that memory sees runs of kSegment elements.
+// Every element of the result is computed whole by one thread, in a fixed order: the bits do not
+// depend on the number of threads.
 #include <atomic>
+#include <utility>
 #include <vector>
 
-#include "../geometry/axis_taps.h"
 #include "fuse_conv_linear.h"
+#include "fuse_conv_linear_plan.h"
 #include "memory.h"
 #include "tile.h"
+#include "turn.h"
 
 namespace linfuse {
 namespace {
 
 constexpr int64_t kSegment = 16;
-constexpr int64_t kMostPanelBytes = int64_t{32} << 20;
-constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kAlignment = 64;
+// Elements of a row that are packed at a time: a few lines of cache from each of many rows.
+constexpr int64_t kPackAtATime = 128;
+// Elements of a row that make a task of packing.
+constexpr int64_t kPackTask = 4096;
 
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-struct Slab {
-  Range range;                 // of input positions on the slab axis
-  std::vector<int64_t> reads;  // the output positions on that axis that they read, ascending
-
-  // Where an output position that is read stands in `reads`.
-  int64_t slot(int64_t o) const {
-    return std::lower_bound(reads.begin(), reads.end(), o) - reads.begin();
-  }
-};
-
-// False where the slab would read more than `most` output positions.
-bool make_slab(const Geometry& g, int axis, Range range, int64_t most, Slab& slab) {
-  slab.range = range;
-  slab.reads.clear();
-  PositionTaps taps;
-  for (int64_t i = range.first; i < range.last; ++i) {
-    taps.list_by_column(g, axis, i);
-    for (const TapGroup& group : taps.groups) {
-      // Nearly always the next one, or one that is there.
-      if (slab.reads.empty() || group.position > slab.reads.back()) {
-        slab.reads.push_back(group.position);
-        continue;
-      }
-      const auto place = std::lower_bound(slab.reads.begin(), slab.reads.end(), group.position);
-      if (*place != group.position) slab.reads.insert(place, group.position);
-    }
-    if (static_cast<int64_t>(slab.reads.size()) > most) return false;
-  }
-  return true;
-}
-
-// The sizes of the work. They follow from the problem alone and are the same for every thread
-// count.
-struct Plan {
-  int64_t in_channels;   // of a group
-  int64_t out_channels;  // of a group
-  int64_t kernel_positions;
-  int64_t blocks_per_group;  // of about the same size each
-  int64_t blocks;
-  int64_t batch;      // blocks
-  int vector_choice;  // the widest panel has 2^vector_choice vectors
-  int lanes;
-  int slab_axis;            // the first axis of more than one input position
-  int64_t other_positions;  // output positions for each one on the slab axis
-  int64_t slab_length;
-  int64_t most_reads;  // of a slab
-
-  int64_t width(int choice) const { return int64_t{lanes} << choice; }
-  int64_t most_in_block() const { return divide_up(in_channels, blocks_per_group); }
-  int64_t block_start(int64_t block) const {
-    const int64_t within = block % blocks_per_group;
-    return within * in_channels / blocks_per_group;
-  }
-  int64_t block_size(int64_t block) const {
-    const int64_t within = block % blocks_per_group;
-    return (within + 1) * in_channels / blocks_per_group - block_start(block);
-  }
-  // Input channels before a block, over all groups.
-  int64_t channels_before(int64_t block) const {
-    return block / blocks_per_group * in_channels + block_start(block);
-  }
-};
-
-// Cuts the slab axis into the fewest equal ranges whose panels stay within bounds.
-void cut_slabs(const Geometry& g, int64_t bytes_per_read, Plan& plan) {
-  const int64_t size = g.axis[plan.slab_axis].in;
-  for (int64_t length = size;; length = divide_up(length, 2)) {
-    const int64_t most =
-        length == 1 ? INT64_MAX : std::max<int64_t>(1, kMostPanelBytes / bytes_per_read);
-    plan.slab_length = length;
-    plan.most_reads = 0;
-    bool fits = true;
-    for (int64_t first = 0; first < size && fits; first += length) {
-      Slab slab;
-      fits = make_slab(g, plan.slab_axis, {first, std::min(size, first + length)}, most, slab);
-      plan.most_reads = std::max(plan.most_reads, static_cast<int64_t>(slab.reads.size()));
-    }
-    if (fits) return;
-  }
-}
-
-template <typename A>
-Plan make_plan(const FuseConvLinearParams& params) {
-  const Geometry& g = params.geometry;
-  const TileSet<A>& tiles = tile_set<A>(simd_level());
-  constexpr int64_t kSize = sizeof(A);
-  Plan plan = {};
-  plan.in_channels = g.in_channels_per_group();
-  plan.out_channels = g.out_channels_per_group();
-  plan.kernel_positions = g.kernel_positions();
-  plan.blocks_per_group = divide_up(plan.in_channels, tiles.most_channels);
-  plan.blocks = g.groups * plan.blocks_per_group;
-  plan.lanes = tiles.lanes;
-  const int64_t block_bytes =
-      plan.kernel_positions * plan.out_channels * plan.most_in_block() * kSize;
-  plan.batch = std::min(plan.blocks, std::max<int64_t>(1, kMostWeightBytes / block_bytes));
-
-  plan.slab_axis = 0;
-  while (plan.slab_axis < kAxes - 1 && g.axis[plan.slab_axis].in == 1) ++plan.slab_axis;
-  plan.other_positions = g.out_positions() / g.axis[plan.slab_axis].out;
-  for (int choice = TileSet<A>::kVectorChoices - 1; choice >= 0; --choice) {
-    plan.vector_choice = choice;
-    if ((int64_t{1} << choice) * plan.most_in_block() <= tiles.registers &&
-        plan.width(choice) < 2 * params.features &&
-        (g.rows() * plan.width(choice) * kSize <= kMostPanelBytes || choice <= 1)) {
-      break;
-    }
-  }
-  cut_slabs(g, plan.other_positions * g.out_channels * plan.width(plan.vector_choice) * kSize,
-            plan);
-  return plan;
-}
+int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
 
 template <typename T>
 class Product {
@@ -164,64 +47,73 @@ class Product {
         g_(params.geometry),
         parallel_for_(parallel_for),
         tiles_(tile_set<A>(simd_level())),
-        plan_(make_plan<A>(params)),
+        turns_(turn_set<T>(simd_level())),
+        plan_(make_plan<A>(g_, params.features, tiles_)),
         inner_positions_(positions_inside(&Axis::out)),
         linear_(static_cast<const T*>(params.linear_weight)),
         fused_(static_cast<T*>(params.weight)) {
     constexpr int64_t kSize = sizeof(A);
-    const int64_t widest = plan_.width(plan_.vector_choice);
     const int64_t most_in_block = plan_.most_in_block();
-    const int64_t panel_bytes =
-        aligned(plan_.most_reads * plan_.other_positions * g_.out_channels * widest * kSize);
+    panel_bytes_ = aligned(plan_.panel_size(g_) * kSize);
     const int64_t weight_bytes =
         aligned(plan_.batch * most_in_block * plan_.kernel_positions * plan_.out_channels * kSize);
-    piece_bytes_ = aligned(kSegment * most_in_block * widest * kSize);
-    char* memory =
-        static_cast<char*>(allocate(panel_bytes + weight_bytes + piece_bytes_ * params.threads));
-    panel_ = reinterpret_cast<A*>(memory);
-    weight_ = reinterpret_cast<A*>(memory + panel_bytes);
-    pieces_ = memory + panel_bytes + weight_bytes;
+    piece_bytes_ = aligned(kSegment * most_in_block * plan_.most_width() * kSize);
+    const int64_t bytes =
+        panel_bytes_ * plan_.stage + weight_bytes + piece_bytes_ * params.threads;
+    panels_ = static_cast<char*>(allocate(bytes));
+    advise_huge_pages(panels_, bytes);
+    weight_ = reinterpret_cast<A*>(panels_ + panel_bytes_ * plan_.stage);
+    pieces_ = panels_ + panel_bytes_ * plan_.stage + weight_bytes;
     workers_.resize(static_cast<size_t>(params.threads));
+    const int64_t positions = plan_.most_reads * plan_.other_positions;
+    channels_per_task_ =
+        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, positions)));
+    tasks_per_group_ = divide_up(plan_.out_channels, channels_per_task_);
+    bias_.assign(static_cast<size_t>(plan_.vectors * plan_.lanes), 0.0);
+    if (params.conv_bias != nullptr) {
+      sums_.resize(
+          static_cast<size_t>(plan_.stage * g_.groups * tasks_per_group_ * plan_.most_width()));
+    }
   }
 
   void run() {
     advise_huge_pages(fused_, params_.features * g_.cols() * static_cast<int64_t>(sizeof(T)));
-    for_each(parallel_for_, params_.features, g_.rows(), [&](int64_t f) { write_bias(f); });
     const bool one_batch = plan_.batch == plan_.blocks;
     if (one_batch) pack_weight({0, plan_.blocks});
     const int64_t size = g_.axis[plan_.slab_axis].in;
-    for (int64_t start = 0; start < size; start += plan_.slab_length) {
-      Slab slab;
+    for (int64_t number = 0; number < plan_.slabs; ++number) {
+      const int64_t start = number * plan_.slab_length;
       const Range range = {start, std::min(size, start + plan_.slab_length)};
-      make_slab(g_, plan_.slab_axis, range, INT64_MAX, slab);
-      list_sources(slab);
-      int64_t first = 0;
-      while (first < params_.features) {
-        const int64_t left = params_.features - first;
-        int choice = plan_.vector_choice;
-        while (choice > 0 && plan_.width(choice) > left) --choice;
-        const Panel panel = {slab, first, std::min(left, plan_.width(choice)), plan_.width(choice),
-                             choice};
-        for_each(parallel_for_, g_.out_channels,
-                 static_cast<int64_t>(sources_.size()) * panel.width,
-                 [&](int64_t c_out) { pack_panel(panel, c_out); });
+      make_slab(g_, plan_.slab_axis, range, INT64_MAX, slab_);
+      list_runs(number);
+      for (int64_t first = 0; first < plan_.panels; first += plan_.stage) {
+        const Range stage = {first, std::min(plan_.panels, first + plan_.stage)};
+        pack_panels(stage);
         for (int64_t block = 0; block < plan_.blocks; block += plan_.batch) {
           const Range batch = {block, std::min(plan_.blocks, block + plan_.batch)};
           if (!one_batch) pack_weight(batch);
-          multiply(panel, batch);
+          multiply(stage, batch);
         }
-        first += panel.count;
       }
     }
+    write_bias();
   }
 
  private:
   struct Panel {
-    const Slab& slab;
-    int64_t first;  // f of its first row
-    int64_t count;  // rows that exist
-    int64_t width;  // rows with the zeros that fill the last vector
-    int choice;
+    int64_t first;    // f of its first row
+    int64_t rows;     // that exist
+    int64_t vectors;  // with the zeros that fill the last one
+    int64_t width;
+    A* data;
+  };
+
+  // Output positions [source, source + count) of a channel, at [slot, slot + count) of the panel.
+  struct Run {
+    int64_t source;
+    int64_t count;
+    int64_t slot;  // -1 for those that no input position reads: nothing but the bias needs them
+    bool counts;   // for the bias: another slab may read the same
   };
 
   // What a thread keeps while it lists the taps of a segment.
@@ -232,6 +124,14 @@ class Product {
     int64_t first_tap[kSegment + 1];
   };
 
+  Panel panel(Range stage, int64_t p) const {
+    const int64_t vectors = plan_.first_vector(p + 1) - plan_.first_vector(p);
+    const int64_t first = plan_.first_vector(p) * plan_.lanes;
+    const int64_t width = vectors * plan_.lanes;
+    return {first, std::min(width, plan_.features - first), vectors, width,
+            reinterpret_cast<A*>(panels_ + (p - stage.first) * panel_bytes_)};
+  }
+
   // Positions on the axes inside the slab axis.
   int64_t positions_inside(int64_t Axis::* size) const {
     int64_t positions = 1;
@@ -239,33 +139,8 @@ class Product {
     return positions;
   }
 
-  // Sums over positions first and in double: the longest sums there are, and the cheapest.
-  void write_bias(int64_t f) const {
-    const T* conv_bias = static_cast<const T*>(params_.conv_bias);
-    const T* linear_bias = static_cast<const T*>(params_.linear_bias);
-    double total =
-        linear_bias != nullptr ? static_cast<double>(static_cast<A>(linear_bias[f])) : 0.0;
-    if (conv_bias != nullptr) {
-      const int64_t stride = params_.linear_stride[1];
-      const int64_t positions = g_.out_positions();
-      const T* from = linear_ + f * params_.linear_stride[0];
-      for (int64_t c_out = 0; c_out < g_.out_channels; ++c_out, from += positions * stride) {
-        // Several sums at a time, since each addition waits for the one before.
-        constexpr int kSums = 8;
-        double sums[kSums] = {};
-        int64_t o = 0;
-        for (; o + kSums <= positions; o += kSums) {
-          for (int n = 0; n < kSums; ++n) {
-            sums[n] += static_cast<double>(static_cast<A>(from[(o + n) * stride]));
-          }
-        }
-        for (; o < positions; ++o) sums[0] += static_cast<double>(static_cast<A>(from[o * stride]));
-        double sum = 0;
-        for (double part : sums) sum += part;
-        total += static_cast<double>(static_cast<A>(conv_bias[c_out])) * sum;
-      }
-    }
-    static_cast<T*>(params_.bias)[f] = static_cast<T>(static_cast<A>(total));
+  int64_t panel_positions() const {
+    return static_cast<int64_t>(slab_.reads.size()) * plan_.other_positions;
   }
 
   // Weights of a batch as [block][k][c_out][c_in of the block].
@@ -293,56 +168,170 @@ class Product {
     return weight_ + channels * plan_.kernel_positions * plan_.out_channels;
   }
 
-  // Which output position stands where in a panel of this slab.
-  void list_sources(const Slab& slab) {
-    sources_.clear();
+  // The runs of a channel. Each slab answers for the bias of its share of the lines on the slab
+  // axis, whether its input positions read them or not.
+  void list_runs(int64_t number) {
+    const int64_t lines = g_.axis[plan_.slab_axis].out;
+    const Range share = {number * lines / plan_.slabs, (number + 1) * lines / plan_.slabs};
     const int64_t outer = plan_.other_positions / inner_positions_;
+    const auto reads = static_cast<int64_t>(slab_.reads.size());
+    runs_.clear();
     for (int64_t n = 0; n < outer; ++n) {
-      for (int64_t read : slab.reads) {
-        const int64_t line = n * g_.axis[plan_.slab_axis].out + read;
-        for (int64_t inner = 0; inner < inner_positions_; ++inner) {
-          sources_.push_back(line * inner_positions_ + inner);
+      int64_t unread = share.first;
+      const auto add_unread = [&](int64_t stop) {
+        for (; unread < std::min(stop, share.last); ++unread) add_run(n * lines + unread, -1, true);
+      };
+      for (int64_t slot = 0; slot < reads; ++slot) {
+        const int64_t line = slab_.reads[static_cast<size_t>(slot)];
+        const bool counts = line >= share.first && line < share.last;
+        if (counts) {
+          add_unread(line);
+          unread = line + 1;
         }
+        add_run(n * lines + line, n * reads + slot, counts);
+      }
+      add_unread(share.last);
+    }
+  }
+
+  void add_run(int64_t line, int64_t slot, bool counts) {
+    const Run run = {line * inner_positions_, inner_positions_,
+                     slot < 0 ? -1 : slot * inner_positions_, counts};
+    if (!runs_.empty()) {
+      Run& last = runs_.back();
+      if (last.source + last.count == run.source && last.counts == counts &&
+          run.slot == (last.slot < 0 ? -1 : last.slot + last.count)) {
+        last.count += run.count;
+        return;
+      }
+    }
+    runs_.push_back(run);
+  }
+
+  void pack_panels(Range stage) {
+    const int64_t tasks = g_.groups * tasks_per_group_;
+    const int64_t work = channels_per_task_ * panel_positions() * plan_.most_width();
+    for_each(parallel_for_, (stage.last - stage.first) * tasks, work,
+             [&](int64_t n) { pack_task(panel(stage, stage.first + n / tasks), n % tasks, n); });
+    if (params_.conv_bias == nullptr) return;
+    for (int64_t p = stage.first; p < stage.last; ++p) {
+      const Panel some = panel(stage, p);
+      for (int64_t task = 0; task < tasks; ++task) {
+        const double* sums = sums_.data() + ((p - stage.first) * tasks + task) * plan_.most_width();
+        double* bias = bias_.data() + some.first;
+        for (int64_t f = 0; f < some.width; ++f) bias[f] += sums[f];
       }
     }
   }
 
-  // One output channel of a panel.
-  void pack_panel(const Panel& panel, int64_t c_out) const {
-    const auto positions = static_cast<int64_t>(sources_.size());
+  // Some output channels of a group.
+  void pack_task(const Panel& panel, int64_t task, int64_t number) {
+    const int64_t group = task / tasks_per_group_;
+    const int64_t start = task % tasks_per_group_ * channels_per_task_;
+    const int64_t stop = std::min(plan_.out_channels, start + channels_per_task_);
+    double* sums = nullptr;
+    if (params_.conv_bias != nullptr) {
+      sums = sums_.data() + number * plan_.most_width();
+      std::fill(sums, sums + panel.width, 0.0);
+    }
+    // Where a run is the whole channel, the next channel follows it without a gap.
+    if (runs_.size() == 1 && runs_[0].count == g_.out_positions()) {
+      pack_run(panel, group, {start, stop}, runs_[0], sums);
+      return;
+    }
+    for (int64_t c = start; c < stop; ++c) {
+      for (const Run& run : runs_) pack_run(panel, group, {c, c + 1}, run, sums);
+    }
+  }
+
+  void pack_run(const Panel& panel, int64_t group, Range channels, const Run& run,
+                double* sums) const {
+    const T* conv_bias = static_cast<const T*>(params_.conv_bias);
+    const bool counts = sums != nullptr && run.counts;
+    if (run.slot < 0 && !counts) return;
     const int64_t step = plan_.out_channels * panel.width;
-    const int64_t group = g_.group_of_out_channel(c_out);
-    A* packed =
-        panel_ + group * positions * step + (c_out - group * plan_.out_channels) * panel.width;
-    // A few positions at a time keep the lines that are being filled in the first-level cache.
-    for (int64_t first = 0; first < positions; first += kSegment) {
-      const int64_t some = std::min(kSegment, positions - first);
-      const int64_t* source = sources_.data() + first;
-      for (int64_t f = 0; f < panel.width; ++f) {
-        A* to = packed + first * step + f;
-        if (f >= panel.count) {
-          for (int64_t n = 0; n < some; ++n) to[n * step] = A(0);
-          continue;
+    const int64_t c_out = group * plan_.out_channels;
+    const int64_t start = group * panel_positions() * step + run.slot * step;
+    const int64_t all = (channels.last - channels.first) * run.count;
+    const T* from = linear_ + panel.first * params_.linear_stride[0] +
+                    ((c_out + channels.first) * g_.out_positions() + run.source) *
+                        params_.linear_stride[1];
+    int64_t place[kPackAtATime];
+    A scale[kPackAtATime];
+    int64_t c = channels.first;
+    int64_t position = 0;
+    for (int64_t first = 0; first < all; first += kPackAtATime) {
+      const int64_t count = std::min(kPackAtATime, all - first);
+      for (int64_t n = 0; n < count; ++n) {
+        place[n] = start + position * step + c * panel.width;
+        if (counts) scale[n] = static_cast<A>(conv_bias[c_out + c]);
+        if (++position == run.count) {
+          position = 0;
+          ++c;
         }
-        const T* from = linear_ + (panel.first + f) * params_.linear_stride[0] +
-                        c_out * g_.out_positions() * params_.linear_stride[1];
-        for (int64_t n = 0; n < some; ++n) {
-          to[n * step] = static_cast<A>(from[source[n] * params_.linear_stride[1]]);
-        }
+      }
+      PackTask<T> task = {};
+      task.from = from + first * params_.linear_stride[1];
+      task.stride = params_.linear_stride[0];
+      task.rows = panel.rows;
+      task.count = count;
+      task.vectors = static_cast<int>(panel.vectors);
+      task.place = run.slot < 0 ? nullptr : place;
+      task.to = panel.data;
+      task.sums = counts ? sums : nullptr;
+      task.scale = scale;
+      if (params_.linear_stride[1] == 1) {
+        turns_.pack(task);
+      } else {
+        pack_strided(task);
       }
     }
   }
 
-  void multiply(const Panel& panel, Range batch) {
+  // For a Linear whose neighbours in a row do not lie side by side: copies a few rows at a time to
+  // where they do.
+  void pack_strided(PackTask<T> task) const {
+    T rows[TileSet<A>::kMostLanes * kPackAtATime];
+    const int64_t all_rows = task.rows;
+    const int64_t stride = task.stride;
+    const T* from = task.from;
+    task.from = rows;
+    task.stride = kPackAtATime;
+    const int vectors = std::exchange(task.vectors, 1);
+    for (int v = 0; v < vectors; ++v) {
+      task.rows = std::min(plan_.lanes, all_rows - v * plan_.lanes);
+      for (int64_t n = 0; n < task.count; ++n) {
+        const T* column = from + n * params_.linear_stride[1];
+        for (int64_t f = 0; f < task.rows; ++f) rows[f * kPackAtATime + n] = column[f * stride];
+      }
+      turns_.pack(task);
+      from += plan_.lanes * stride;
+      task.to += plan_.lanes;
+      if (task.sums != nullptr) task.sums += plan_.lanes;
+    }
+  }
+
+  void write_bias() const {
+    const T* linear_bias = static_cast<const T*>(params_.linear_bias);
+    T* bias = static_cast<T*>(params_.bias);
+    for (int64_t f = 0; f < params_.features; ++f) {
+      double total = bias_[static_cast<size_t>(f)];
+      if (linear_bias != nullptr) total += static_cast<double>(static_cast<A>(linear_bias[f]));
+      bias[f] = static_cast<T>(static_cast<A>(total));
+    }
+  }
+
+  void multiply(Range stage, Range batch) {
     // The positions of a slab follow each other: all axes outside it have one.
     const int64_t inside = positions_inside(&Axis::in);
-    const Range positions = {panel.slab.range.first * inside, panel.slab.range.last * inside};
+    const Range positions = {slab_.range.first * inside, slab_.range.last * inside};
     const int64_t segments = divide_up(positions.last - positions.first, kSegment);
     const int64_t blocks = batch.last - batch.first;
-    const int64_t splits = std::min(blocks, divide_up(kUnitsPerThread * params_.threads, segments));
-    const int64_t units = segments * splits;
-    const int64_t work = kSegment * plan_.out_channels * panel.width * divide_up(blocks, splits) *
-                         tiles_.most_channels;
+    const int64_t strips = segments * (stage.last - stage.first);
+    const int64_t splits = std::min(blocks, divide_up(kUnitsPerThread * params_.threads, strips));
+    const int64_t units = strips * splits;
+    const int64_t work = kSegment * plan_.out_channels * plan_.most_width() *
+                         divide_up(blocks, splits) * tiles_.most_channels;
     const int64_t workers = std::min<int64_t>(params_.threads, divide_up(units, grain_for(work)));
     std::atomic<int64_t> next{0};
     parallel_for_(workers, 1, [&](int64_t begin, int64_t end) {
@@ -351,11 +340,13 @@ class Product {
         A* piece = reinterpret_cast<A*>(pieces_ + n * piece_bytes_);
         for (int64_t unit = next++; unit < units; unit = next++) {
           const int64_t split = unit % splits;
-          const int64_t first = positions.first + unit / splits * kSegment;
+          const int64_t strip = unit / splits;
+          const int64_t first = positions.first + strip % segments * kSegment;
           const Range segment = {first, std::min(positions.last, first + kSegment)};
           const Range some = {batch.first + split * blocks / splits,
                               batch.first + (split + 1) * blocks / splits};
-          multiply_unit(panel, batch, segment, some, worker, piece);
+          multiply_unit(panel(stage, stage.first + strip / segments), batch, segment, some, worker,
+                        piece);
         }
       }
     });
@@ -365,13 +356,12 @@ class Product {
   void multiply_unit(const Panel& panel, Range batch, Range segment, Range blocks, Worker& worker,
                      A* piece) const {
     list_taps(panel, segment, worker);
-    const auto panel_positions = static_cast<int64_t>(sources_.size());
+    const int64_t group_size = panel_positions() * plan_.out_channels * panel.width;
     for (int64_t block = blocks.first; block < blocks.last; ++block) {
-      const int64_t group = block / plan_.blocks_per_group;
       const int64_t channels = plan_.block_size(block);
-      const Tile<A> tile = tiles_.tile[panel.choice][channels];
+      const Tile<A> tile = tiles_.tile[panel.vectors][channels];
       TileTask<A> task = {};
-      task.linear = panel_ + group * panel_positions * plan_.out_channels * panel.width;
+      task.linear = panel.data + block / plan_.blocks_per_group * group_size;
       task.weight = weight_of(block, batch);
       task.weight_step = plan_.out_channels * channels;
       task.channels = plan_.out_channels;
@@ -389,7 +379,7 @@ class Product {
   // elements.
   void list_taps(const Panel& panel, Range segment, Worker& worker) const {
     const int64_t step = plan_.out_channels * panel.width;
-    const auto reads = static_cast<int64_t>(panel.slab.reads.size());
+    const auto reads = static_cast<int64_t>(slab_.reads.size());
     worker.linear_start.clear();
     worker.kernel.clear();
     Position before = {{-1, -1, -1}};
@@ -399,8 +389,7 @@ class Product {
         if (i.at[a] == before.at[a]) continue;
         worker.taps[a].list_by_column(g_, a, i.at[a]);
         if (a != plan_.slab_axis) continue;
-        for (TapGroup& group : worker.taps[a].groups)
-          group.position = panel.slab.slot(group.position);
+        for (TapGroup& group : worker.taps[a].groups) group.position = slab_.slot(group.position);
       }
       before = i;
       worker.first_tap[position - segment.first] = static_cast<int64_t>(worker.linear_start.size());
@@ -433,16 +422,15 @@ class Product {
 
   void write_piece(const Panel& panel, const A* piece, int64_t c_in, int64_t channels,
                    Range segment) const {
-    const int64_t count = segment.last - segment.first;
-    for (int64_t f = 0; f < panel.count; ++f) {
-      T* row = fused_ + (panel.first + f) * g_.cols() + segment.first;
-      for (int64_t n = 0; n < channels; ++n) {
-        T* to = row + (c_in + n) * g_.in_positions();
-        const A* from = piece + n * panel.width + f;
-        for (int64_t s = 0; s < count; ++s) {
-          to[s] = static_cast<T>(from[s * channels * panel.width]);
-        }
-      }
+    for (int64_t n = 0; n < channels; ++n) {
+      UnpackTask<T> task = {};
+      task.from = piece + n * panel.width;
+      task.step = channels * panel.width;
+      task.rows = panel.rows;
+      task.count = segment.last - segment.first;
+      task.to = fused_ + panel.first * g_.cols() + (c_in + n) * g_.in_positions() + segment.first;
+      task.stride = g_.cols();
+      turns_.unpack(task);
     }
   }
 
@@ -450,15 +438,22 @@ class Product {
   const Geometry& g_;
   const ParallelFor& parallel_for_;
   const TileSet<A>& tiles_;
+  const TurnSet<T>& turns_;
   const Plan plan_;
   const int64_t inner_positions_;  // output positions on the axes inside the slab axis
   const T* linear_;
   T* fused_;
-  A* panel_ = nullptr;
+  char* panels_ = nullptr;
+  int64_t panel_bytes_ = 0;
   A* weight_ = nullptr;
   char* pieces_ = nullptr;  // per thread: [segment][c_in of the block][f]
   int64_t piece_bytes_ = 0;
-  std::vector<int64_t> sources_;
+  int64_t channels_per_task_ = 0;
+  int64_t tasks_per_group_ = 0;
+  Slab slab_;
+  std::vector<Run> runs_;
+  std::vector<double> sums_;  // per task of packing: what conv_bias adds to each f
+  std::vector<double> bias_;
   std::vector<Worker> workers_;
 };
 

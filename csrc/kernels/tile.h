@@ -36,13 +36,14 @@ using Tile = void (*)(const TileTask<A>& task, A* tile);
 // The tiles of one level, by (vectors of f, channels n).
 template <typename A>
 struct TileSet {
-  static constexpr int kVectorChoices = 4;  // 1, 2, 4 or 8 vectors of f
+  static constexpr int kMostVectors = 8;
   static constexpr int kMostChannels = 12;
+  static constexpr int kMostLanes = 16;
 
   int lanes;          // of one vector
   int registers;      // for sums: vectors * channels of a tile never exceed it
   int most_channels;  // n of the widest tile with two vectors
-  Tile<A> tile[kVectorChoices][kMostChannels + 1];
+  Tile<A> tile[kMostVectors + 1][kMostChannels + 1];
 };
 
 template <typename A>

@@ -54,16 +54,15 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   flush();
 }
 
-template <typename A, int kChoice, int kChannels>
+template <typename A, int kVectors, int kChannels>
 void fill_tile(TileSet<A>& set) {
-  constexpr int kVectors = 1 << kChoice;
   if constexpr (kVectors * kChannels <= kRegisters) {
-    set.tile[kChoice][kChannels] = &multiply_tile<A, kVectors, kChannels>;
+    set.tile[kVectors][kChannels] = &multiply_tile<A, kVectors, kChannels>;
   }
   if constexpr (kChannels > 1) {
-    fill_tile<A, kChoice, kChannels - 1>(set);
-  } else if constexpr (kChoice > 0) {
-    fill_tile<A, kChoice - 1, TileSet<A>::kMostChannels>(set);
+    fill_tile<A, kVectors, kChannels - 1>(set);
+  } else if constexpr (kVectors > 1) {
+    fill_tile<A, kVectors - 1, TileSet<A>::kMostChannels>(set);
   }
 }
 
@@ -73,6 +72,6 @@ TileSet<A> make_tile_set() {
   set.lanes = kVectorBytes / static_cast<int>(sizeof(A));
   set.registers = kRegisters;
   set.most_channels = kRegisters / 2;
-  fill_tile<A, TileSet<A>::kVectorChoices - 1, TileSet<A>::kMostChannels>(set);
+  fill_tile<A, TileSet<A>::kMostVectors, TileSet<A>::kMostChannels>(set);
   return set;
 }

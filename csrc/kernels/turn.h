@@ -1,0 +1,65 @@
+// Between a matrix of rows f, as torch has it, and one with f innermost, as the tiles want it:
+//
+//   pack     to[place[n] + f] = from[f * stride + n]
+//   unpack   to[f * stride + n] = from[n * step + f]
+//
+// Both turn square blocks of one vector by one vector inside registers, and convert between T and
+// Accumulate<T> on the way. turn.inl is the one source, compiled once per SIMD level and type.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "simd.h"
+
+namespace linfuse {
+
+template <typename T>
+struct PackTask {
+  const T* from;   // row 0
+  int64_t stride;  // from one row to the next
+  int64_t rows;    // that exist; the rest of the vectors is filled with zeros
+  int64_t count;   // n
+  int vectors;     // of f
+  const int64_t* place;  // null where only the sums are wanted
+  Accumulate<T>* to;
+  // Where wanted, sums[f] += sum over n >= sums_from of scale[n] * from[f * stride + n]: in
+  // Accumulate<T> over a few neighbours, then in double.
+  double* sums;
+  const Accumulate<T>* scale;
+};
+
+template <typename T>
+struct UnpackTask {
+  const Accumulate<T>* from;
+  int64_t step;
+  int64_t rows;
+  int64_t count;
+  T* to;
+  int64_t stride;
+};
+
+template <typename T>
+struct TurnSet {
+  void (*pack)(const PackTask<T>& task);
+  void (*unpack)(const UnpackTask<T>& task);
+};
+
+template <typename T>
+const TurnSet<T>& turn_set_baseline();
+template <typename T>
+const TurnSet<T>& turn_set_avx2();
+template <typename T>
+const TurnSet<T>& turn_set_avx512();
+
+template <typename T>
+const TurnSet<T>& turn_set(SimdLevel level) {
+#if defined(__x86_64__)
+  if (level == SimdLevel::kAvx512) return turn_set_avx512<T>();
+  if (level == SimdLevel::kAvx2) return turn_set_avx2<T>();
+#endif
+  (void)level;
+  return turn_set_baseline<T>();
+}
+
+}  // namespace linfuse

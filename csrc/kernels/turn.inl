@@ -1,0 +1,160 @@
+// Included by tile_<level>_cpu.cpp like tile.inl, and local to that file for the same reason.
+
+// One vector of f or of n, and the turn of a block of them.
+template <typename A>
+struct Block {
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+  typedef A Vector __attribute__((vector_size(kVectorBytes)));
+  typedef A Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(A))));
+
+  Vector line[kLanes];
+
+  // Swaps the two off-diagonal quarters of every square of 2 kSize lines and lanes.
+  template <int kSize, int... kLane>
+  inline __attribute__((always_inline)) void swap_quarters(
+      std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      if ((n & kSize) != 0) continue;
+      const Vector upper = line[n];
+      const Vector lower = line[n + kSize];
+      line[n] = __builtin_shufflevector(
+          upper, lower, ((kLane & kSize) != 0 ? kLanes + kLane - kSize : kLane)...);
+      line[n + kSize] = __builtin_shufflevector(
+          upper, lower, ((kLane & kSize) != 0 ? kLanes + kLane : kLane + kSize)...);
+    }
+  }
+
+  template <int kSize = kLanes / 2>
+  inline __attribute__((always_inline)) void turn() {
+    swap_quarters<kSize>(std::make_integer_sequence<int, kLanes>{});
+    if constexpr (kSize > 1) turn<kSize / 2>();
+  }
+};
+
+template <typename T, typename A = Accumulate<T>>
+inline __attribute__((always_inline)) typename Block<A>::Vector load_line(const T* from) {
+  if constexpr (std::is_same_v<T, A>) {
+    return *reinterpret_cast<const typename Block<A>::Unaligned*>(from);
+  } else {
+    typename Block<A>::Vector line;
+    for (int n = 0; n < Block<A>::kLanes; ++n) line[n] = static_cast<A>(from[n]);
+    return line;
+  }
+}
+
+template <typename T, typename A = Accumulate<T>>
+inline __attribute__((always_inline)) void store_line(T* to,
+                                                      const typename Block<A>::Vector& line) {
+  if constexpr (std::is_same_v<T, A>) {
+    *reinterpret_cast<typename Block<A>::Unaligned*>(to) = line;
+  } else {
+    alignas(kVectorBytes) A values[Block<A>::kLanes];
+    *reinterpret_cast<typename Block<A>::Vector*>(values) = line;
+    for (int n = 0; n < Block<A>::kLanes; ++n) to[n] = static_cast<T>(values[n]);
+  }
+}
+
+// Lines of `rows` rows, `kLanes` elements each; lines beyond are zero.
+template <typename T, typename A = Accumulate<T>>
+inline __attribute__((always_inline)) void load_block(const T* from, int64_t stride, int64_t rows,
+                                                      Block<A>& block) {
+  constexpr int kLanes = Block<A>::kLanes;
+  if (rows >= kLanes) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) block.line[n] = load_line<T>(from + n * stride);
+  } else {
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      block.line[n] = n < rows ? load_line<T>(from + n * stride) : typename Block<A>::Vector{};
+    }
+  }
+  block.turn();
+}
+
+template <typename A>
+inline void add_to_sums(const typename Block<A>::Vector& part, double* sums) {
+  for (int f = 0; f < Block<A>::kLanes; ++f) sums[f] += static_cast<double>(part[f]);
+}
+
+template <typename T>
+void pack(const PackTask<T>& task) {
+  using A = Accumulate<T>;
+  using Vector = typename Block<A>::Vector;
+  constexpr int kLanes = Block<A>::kLanes;
+  for (int v = 0; v < task.vectors; ++v) {
+    const int64_t rows = task.rows - int64_t{v} * kLanes;
+    const T* from = task.from + int64_t{v} * kLanes * task.stride;
+    A* to = task.to + v * kLanes;
+    if (rows <= 0) {
+      for (int64_t n = 0; n < task.count && task.place != nullptr; ++n) {
+        store_line<A>(to + task.place[n], Vector{});
+      }
+      continue;
+    }
+    int64_t done = 0;
+    while (done < task.count) {
+      // The last block overlaps the one before where a whole one does not fit.
+      const int64_t first = done + kLanes <= task.count ? done : task.count - kLanes;
+      Block<A> block;
+      if (first >= 0) {
+        load_block(from + first, task.stride, rows, block);
+        if (task.place != nullptr) {
+#pragma GCC unroll 16
+          for (int n = 0; n < kLanes; ++n) {
+            store_line<A>(to + task.place[first + n], block.line[n]);
+          }
+        }
+      } else {
+        for (int64_t n = 0; n < task.count; ++n) {
+          Vector line = {};
+          for (int f = 0; f < kLanes && f < rows; ++f) {
+            line[f] = static_cast<A>(from[f * task.stride + n]);
+          }
+          if (task.place != nullptr) store_line<A>(to + task.place[n], line);
+          block.line[n] = line;
+        }
+      }
+      const int64_t base = first < 0 ? 0 : first;
+      const int64_t end = first < 0 ? task.count : first + kLanes;
+      if (task.sums != nullptr) {
+        Vector part = {};
+        for (int64_t n = done; n < end; ++n) part += block.line[n - base] * task.scale[n];
+        add_to_sums<A>(part, task.sums + v * kLanes);
+      }
+      done = end;
+    }
+  }
+}
+
+template <typename T>
+void unpack(const UnpackTask<T>& task) {
+  using A = Accumulate<T>;
+  constexpr int kLanes = Block<A>::kLanes;
+  for (int64_t f = 0; f < task.rows; f += kLanes) {
+    const int64_t rows = task.rows - f < kLanes ? task.rows - f : kLanes;
+    for (int64_t first = 0; first < task.count; first += kLanes) {
+      const int64_t count = task.count - first < kLanes ? task.count - first : kLanes;
+      const A* from = task.from + first * task.step + f;
+      T* to = task.to + f * task.stride + first;
+      Block<A> block;
+      load_block(from, task.step, count, block);
+      if (rows == kLanes && count == kLanes) {
+#pragma GCC unroll 16
+        for (int n = 0; n < kLanes; ++n) store_line<T>(to + n * task.stride, block.line[n]);
+        continue;
+      }
+      for (int n = 0; n < rows; ++n) {
+        T line[kLanes];
+        store_line<T>(line, block.line[n]);
+        std::memcpy(static_cast<void*>(to + n * task.stride), line,
+                    static_cast<size_t>(count) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <typename T>
+TurnSet<T> make_turn_set() {
+  return {&pack<T>, &unpack<T>};
+}
