@@ -5,7 +5,11 @@
 //   slab     a range of input positions on one axis, and the output positions that they read
 //   panel    `width` rows f of the Linear at the output positions of a slab, repacked as
 //            [group][o][c_out][f] in Accumulate<T>
-//   stage    the panels that are held at a time
+//   job      a panel of some groups and one slab
+//   stage    the jobs whose panels are held at a time
+//
+// Where jobs are many and their panels fit a core's own cache, each is done by one thread alone.
+// Where not, all threads share a stage: they pack its panels together, then multiply together.
 //
 // All sizes follow from the problem alone: they, and so the bits of the result, are the same for
 // every number of threads.
@@ -55,7 +59,11 @@ inline bool make_slab(const Geometry& g, int axis, Range range, int64_t most, Sl
 }
 
 struct Plan {
-  static constexpr int64_t kMostPanelBytes = int64_t{32} << 20;
+  // Half of a usual second-level cache.
+  static constexpr int64_t kOwnPanelBytes = int64_t{1} << 20;
+  static constexpr int64_t kOwnJobs = 16;
+  // Small enough for allocators to keep: fresh pages cost more than what they hold.
+  static constexpr int64_t kMostPanelBytes = int64_t{16} << 20;
   static constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 
   int64_t features;
@@ -64,17 +72,23 @@ struct Plan {
   int64_t kernel_positions;
   int64_t blocks_per_group;  // of about the same size each
   int64_t blocks;
-  int64_t batch;       // blocks
-  int64_t lanes;       // of a vector
-  int64_t vectors;     // that hold one position of all features
-  int64_t panels;      // that share them as evenly as it goes
-  int64_t stage;            // panels
+  int64_t batch;    // blocks
+  int64_t lanes;    // of a vector
+  int64_t vectors;  // that hold one position of all features
+  int64_t panels;   // that share them as evenly as it goes
+  bool alone;       // whether a thread does a job by itself
+  int64_t groups;
+  int64_t job_groups;       // groups of a job
+  int64_t stage;            // jobs
   int slab_axis;            // the first axis of more than one input position
   int64_t other_positions;  // output positions for each one on the slab axis
   int64_t slab_length;
   int64_t slabs;
   int64_t most_reads;  // of a slab
+  int64_t all_reads;   // of all slabs
 
+  int64_t jobs_per_panel() const { return divide_up(groups, job_groups); }
+  int64_t jobs_per_slab() const { return panels * jobs_per_panel(); }
   int64_t first_vector(int64_t panel) const { return panel * vectors / panels; }
   int64_t most_width() const { return divide_up(vectors, panels) * lanes; }
   int64_t most_in_block() const { return divide_up(in_channels, blocks_per_group); }
@@ -90,31 +104,42 @@ struct Plan {
   int64_t channels_before(int64_t block) const {
     return block / blocks_per_group * in_channels + block_start(block);
   }
-  // Elements of the widest panel.
-  int64_t panel_size(const Geometry& g) const {
-    return most_reads * other_positions * g.out_channels * most_width();
+  // Elements of the largest panel.
+  int64_t panel_size() const {
+    return most_reads * other_positions * job_groups * out_channels * most_width();
   }
 };
 
 namespace detail {
 
-// Cuts the slab axis into the fewest equal ranges whose panels stay within bounds.
-inline void cut_slabs(const Geometry& g, int64_t bytes_per_read, Plan& plan) {
+// Cuts the slab axis into the fewest equal ranges that read at most so many output positions each.
+inline void cut_slabs(const Geometry& g, int64_t most, Plan& plan) {
   const int64_t size = g.axis[plan.slab_axis].in;
   for (int64_t length = size;; length = divide_up(length, 2)) {
-    const int64_t most =
-        length == 1 ? INT64_MAX : std::max<int64_t>(1, Plan::kMostPanelBytes / bytes_per_read);
     plan.slab_length = length;
     plan.slabs = divide_up(size, length);
     plan.most_reads = 0;
+    plan.all_reads = 0;
     bool fits = true;
     for (int64_t first = 0; first < size && fits; first += length) {
       Slab slab;
-      fits = make_slab(g, plan.slab_axis, {first, std::min(size, first + length)}, most, slab);
-      plan.most_reads = std::max(plan.most_reads, static_cast<int64_t>(slab.reads.size()));
+      fits = make_slab(g, plan.slab_axis, {first, std::min(size, first + length)},
+                       length == 1 ? INT64_MAX : most, slab);
+      const auto reads = static_cast<int64_t>(slab.reads.size());
+      plan.most_reads = std::max(plan.most_reads, reads);
+      plan.all_reads += reads;
     }
     if (fits) return;
   }
+}
+
+// As many groups in a job as fit, then as few slabs.
+inline void cut_jobs(const Geometry& g, int64_t most_size, Plan& plan) {
+  const int64_t line = std::max<int64_t>(
+      1, plan.other_positions * plan.out_channels * plan.most_width());  // of a group
+  const int64_t plane = line * g.axis[plan.slab_axis].out;
+  plan.job_groups = std::clamp<int64_t>(most_size / plane, 1, g.groups);
+  cut_slabs(g, std::max<int64_t>(1, most_size / line / plan.job_groups), plan);
 }
 
 }  // namespace detail
@@ -130,6 +155,7 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.blocks_per_group = divide_up(plan.in_channels, tiles.most_channels);
   plan.blocks = g.groups * plan.blocks_per_group;
   plan.lanes = tiles.lanes;
+  plan.groups = g.groups;
   const int64_t block_bytes =
       plan.kernel_positions * plan.out_channels * plan.most_in_block() * kSize;
   plan.batch = std::min(plan.blocks, std::max<int64_t>(1, Plan::kMostWeightBytes / block_bytes));
@@ -139,16 +165,24 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.other_positions = g.out_positions() / g.axis[plan.slab_axis].out;
   plan.vectors = divide_up(features, plan.lanes);
   // As many vectors as leave a register for each sum of the largest block, but no panel too large.
-  int64_t most_vectors = std::min<int64_t>(TileSet<A>::kMostVectors,
-                                           tiles.registers / plan.most_in_block());
-  while (most_vectors > 2 &&
-         g.rows() * most_vectors * plan.lanes * kSize > Plan::kMostPanelBytes) {
+  int64_t most_vectors =
+      std::min<int64_t>(TileSet<A>::kMostVectors, tiles.registers / plan.most_in_block());
+  while (most_vectors > 2 && g.rows() / g.groups * most_vectors * plan.lanes * kSize >
+                                 Plan::kMostPanelBytes) {
     --most_vectors;
   }
   plan.panels = divide_up(plan.vectors, most_vectors);
-  detail::cut_slabs(g, plan.other_positions * g.out_channels * plan.most_width() * kSize, plan);
-  const int64_t panel_bytes = std::max<int64_t>(1, plan.panel_size(g) * kSize);
-  plan.stage = std::clamp<int64_t>(Plan::kMostPanelBytes / panel_bytes, 1, plan.panels);
+
+  detail::cut_jobs(g, Plan::kOwnPanelBytes / kSize, plan);
+  const int64_t lines = g.axis[plan.slab_axis].out;
+  plan.alone = plan.panel_size() * kSize <= Plan::kOwnPanelBytes &&
+               2 * plan.all_reads <= 3 * lines &&
+               plan.slabs * plan.jobs_per_slab() >= Plan::kOwnJobs && plan.batch == plan.blocks;
+  if (!plan.alone) {
+    detail::cut_jobs(g, Plan::kMostPanelBytes / kSize, plan);
+    const int64_t size = std::max<int64_t>(1, plan.panel_size() * kSize);
+    plan.stage = std::clamp<int64_t>(Plan::kMostPanelBytes / size, 1, plan.jobs_per_slab());
+  }
   return plan;
 }
 
