@@ -44,6 +44,9 @@ struct TileSet {
   int registers;      // for sums: vectors * channels of a tile never exceed it
   int most_channels;  // n of the widest tile with two vectors
   Tile<A> tile[kMostVectors + 1][kMostChannels + 1];
+
+  // Adds line n of a tile to to[n], for every n where that is not null.
+  void (*add_lines)(const A* tile, int64_t width, int64_t lines, A* const* to);
 };
 
 template <typename A>

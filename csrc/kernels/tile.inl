@@ -54,6 +54,18 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   flush();
 }
 
+template <typename A>
+void add_lines(const A* tile, int64_t width, int64_t lines, A* const* to) {
+  typedef A Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(A))));
+  constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+  for (int64_t n = 0; n < lines; ++n, tile += width) {
+    if (to[n] == nullptr) continue;
+    for (int64_t f = 0; f < width; f += kLanes) {
+      *reinterpret_cast<Unaligned*>(to[n] + f) += *reinterpret_cast<const Unaligned*>(tile + f);
+    }
+  }
+}
+
 template <typename A, int kVectors, int kChannels>
 void fill_tile(TileSet<A>& set) {
   if constexpr (kVectors * kChannels <= kRegisters) {
@@ -72,6 +84,7 @@ TileSet<A> make_tile_set() {
   set.lanes = kVectorBytes / static_cast<int>(sizeof(A));
   set.registers = kRegisters;
   set.most_channels = kRegisters / 2;
+  set.add_lines = &add_lines<A>;
   fill_tile<A, TileSet<A>::kMostVectors, TileSet<A>::kMostChannels>(set);
   return set;
 }

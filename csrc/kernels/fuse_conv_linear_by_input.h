@@ -1,0 +1,10 @@
+#pragma once
+
+#include "fuse_conv_linear_work.h"
+
+namespace linfuse {
+
+void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
+                               const Allocate& allocate);
+
+}  // namespace linfuse

@@ -1,0 +1,348 @@
+// fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
+//                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
+//
+// Terms (and those of fuse_conv_linear_plan.h)
+//   segment  kSegment neighbouring input positions i
+//   unit     neighbouring segments and some blocks of a job: what a thread takes of a shared stage
+//
+// For every job: pack the panel, then fill [segment, block] pieces of the result. Each input
+// position needs one small product over exactly its valid taps times c_out (tile.h), so neither
+// padding nor the holes of a stride are ever multiplied. A panel is read with unit stride and
+// shared by all blocks; its elements meet conv_bias while they are packed, so that the Linear is
+// read once. The pieces are turned in cache (turn.h) so that memory sees runs of kSegment elements.
+// Every element of the result is computed whole by one thread, in a fixed order: the bits do not
+// depend on the number of threads.
+#include "fuse_conv_linear_by_input.h"
+
+#include "fuse_conv_linear_plan.h"
+
+namespace linfuse {
+namespace {
+
+constexpr int64_t kSegment = 16;
+constexpr int64_t kUnitsPerThread = 8;
+// Elements of a row that make a task of packing.
+constexpr int64_t kPackTask = 4096;
+
+template <typename T>
+class ByInput {
+  using A = Accumulate<T>;
+
+ public:
+  ByInput(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
+          const Allocate& allocate)
+      : work_(params, parallel_for),
+        g_(work_.g),
+        plan_(make_plan<A>(g_, params.features, work_.tiles)) {
+    constexpr int64_t kSize = sizeof(A);
+    panel_bytes_ = aligned(plan_.panel_size() * kSize);
+    piece_bytes_ = aligned(kSegment * plan_.most_in_block() * plan_.panels.most_width() * kSize);
+    const int64_t own_bytes = piece_bytes_ + (plan_.alone ? panel_bytes_ : 0);
+    threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
+    const int64_t weight_bytes = aligned(plan_.batch * plan_.most_in_block() *
+                                         plan_.kernel_positions * plan_.out_channels * kSize);
+    const int64_t panels_bytes = panel_bytes_ * (plan_.alone ? threads_ : plan_.stage);
+    const int64_t bytes = weight_bytes + panels_bytes + piece_bytes_ * threads_;
+    weight_ = reinterpret_cast<A*>(allocate(bytes));
+    advise_huge_pages(weight_, bytes);
+    panels_ = reinterpret_cast<char*>(weight_) + weight_bytes;
+    workers_.resize(static_cast<size_t>(threads_));
+    for (int64_t n = 0; n < threads_; ++n) {
+      workers_[static_cast<size_t>(n)].piece =
+          reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
+    }
+    const int64_t positions = plan_.slabs.most_reads * plan_.slabs.positions_per_read();
+    task_channels_ =
+        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, positions)));
+    group_tasks_ = divide_up(plan_.out_channels, task_channels_);
+    if (params.conv_bias != nullptr) {
+      const int64_t parts = plan_.alone ? plan_.jobs() : plan_.stage * job_tasks();
+      sums_.resize(static_cast<size_t>(parts * plan_.panels.most_width()));
+    }
+  }
+
+  void run() {
+    if (plan_.batch == plan_.blocks()) pack_weight({0, plan_.blocks()});
+    plan_.alone ? run_alone() : run_together();
+    work_.write_bias();
+  }
+
+ private:
+  struct Job {
+    const Slab& slab;
+    Range groups;
+    Rows rows;
+    A* panel;
+  };
+
+  // What a thread keeps from one piece of work to the next.
+  struct Worker {
+    Slab slab;
+    PositionTaps taps[kAxes];
+    std::vector<int64_t> linear_start;
+    std::vector<int64_t> kernel;  // k of each tap
+    int64_t first_tap[kSegment + 1];
+    A* piece;  // [segment][c_in of the block][f]
+  };
+
+  // `number` counts within a slab.
+  Job make_job(const Slab& slab, int64_t number, int64_t panel) const {
+    const int64_t group = number % plan_.jobs_per_panel() * plan_.job_groups;
+    return {slab,
+            {group, std::min(plan_.groups, group + plan_.job_groups)},
+            plan_.panels.rows(number / plan_.jobs_per_panel()),
+            reinterpret_cast<A*>(panels_ + panel * panel_bytes_)};
+  }
+
+  Worker& worker(int64_t thread) { return workers_[static_cast<size_t>(thread)]; }
+
+  void run_alone() {
+    const Range batch = {0, plan_.blocks()};
+    const int64_t cost = g_.rows() / plan_.jobs_per_panel() * plan_.panels.most_width() *
+                         plan_.kernel_positions / plan_.slabs.count;
+    work_.share(plan_.jobs(), cost, threads_, [&](int64_t thread, int64_t number) {
+      Slab& slab = worker(thread).slab;
+      const int64_t slab_number = number / plan_.jobs_per_slab();
+      if (slab.number != slab_number) make_slab(g_, plan_.slabs, slab_number, slab);
+      const Job job = make_job(slab, number % plan_.jobs_per_slab(), thread);
+      double* sums = sums_of(number);
+      for (int64_t task = 0; task < tasks(job); ++task) pack_task(job, task, sums);
+      multiply(job, batch, blocks_of(job, batch), positions_of(g_, plan_.slabs, slab),
+               worker(thread));
+    });
+    for (int64_t n = 0; n < plan_.jobs() && !sums_.empty(); ++n) {
+      const int64_t panel = n % plan_.jobs_per_slab() / plan_.jobs_per_panel();
+      work_.add_to_bias(plan_.panels.rows(panel), sums_at(n));
+    }
+  }
+
+  void run_together() {
+    const bool one_batch = plan_.batch == plan_.blocks();
+    Slab slab;
+    for (int64_t number = 0; number < plan_.slabs.count; ++number) {
+      make_slab(g_, plan_.slabs, number, slab);
+      for (int64_t first = 0; first < plan_.jobs_per_slab(); first += plan_.stage) {
+        const Range stage = {first, std::min(plan_.jobs_per_slab(), first + plan_.stage)};
+        pack_stage(slab, stage);
+        for (int64_t block = 0; block < plan_.blocks(); block += plan_.batch) {
+          const Range batch = {block, std::min(plan_.blocks(), block + plan_.batch)};
+          if (!one_batch) pack_weight(batch);
+          multiply_stage(slab, stage, batch);
+        }
+      }
+    }
+  }
+
+  int64_t panel_positions(const Slab& slab) const {
+    return static_cast<int64_t>(slab.reads.size()) * plan_.slabs.positions_per_read();
+  }
+
+  Range blocks_of(const Job& job, Range batch) const {
+    return {std::max(batch.first, job.groups.first * plan_.blocks_per_group),
+            std::min(batch.last, job.groups.last * plan_.blocks_per_group)};
+  }
+
+  // Weights of a batch as [block][k][c_out][c_in of the block].
+  void pack_weight(Range batch) const {
+    const T* weight = static_cast<const T*>(work_.params.conv_weight);
+    const int64_t cost = plan_.kernel_positions * plan_.out_channels * plan_.most_in_block();
+    for_each(work_.parallel_for, batch.last - batch.first, cost, [&](int64_t n) {
+      const int64_t block = batch.first + n;
+      const int64_t size = plan_.block_size(block);
+      A* packed = weight_of(block, batch);
+      for (int64_t c = 0; c < plan_.out_channels; ++c) {
+        const int64_t c_out = block / plan_.blocks_per_group * plan_.out_channels + c;
+        for (int64_t c_in = 0; c_in < size; ++c_in) {
+          const T* kernel = weight + g_.weight_index(c_out, plan_.block_start(block) + c_in);
+          for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
+            packed[(k * plan_.out_channels + c) * size + c_in] = static_cast<A>(kernel[k]);
+          }
+        }
+      }
+    });
+  }
+
+  A* weight_of(int64_t block, Range batch) const {
+    const int64_t channels = plan_.channels_before(block) - plan_.channels_before(batch.first);
+    return weight_ + channels * plan_.kernel_positions * plan_.out_channels;
+  }
+
+  // Tasks of packing a job, and the most that one has.
+  int64_t tasks(const Job& job) const {
+    return (job.groups.last - job.groups.first) * group_tasks_;
+  }
+  int64_t job_tasks() const { return plan_.job_groups * group_tasks_; }
+
+  // Where a job, or a task of packing, adds up what conv_bias gives to each f; null without one.
+  double* sums_of(int64_t number) {
+    if (sums_.empty()) return nullptr;
+    double* sums = sums_.data() + number * plan_.panels.most_width();
+    std::fill(sums, sums + plan_.panels.most_width(), 0.0);
+    return sums;
+  }
+  const double* sums_at(int64_t number) const {
+    return sums_.data() + number * plan_.panels.most_width();
+  }
+
+  void pack_stage(const Slab& slab, Range stage) {
+    const int64_t items = (stage.last - stage.first) * job_tasks();
+    const int64_t cost = task_channels_ * panel_positions(slab) * plan_.panels.most_width();
+    for_each(work_.parallel_for, items, cost, [&](int64_t n) {
+      const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
+      if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), sums_of(n));
+    });
+    for (int64_t n = 0; n < items && !sums_.empty(); ++n) {
+      const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
+      if (n % job_tasks() < tasks(job)) work_.add_to_bias(job.rows, sums_at(n));
+    }
+  }
+
+  // Some output channels of a group.
+  void pack_task(const Job& job, int64_t task, double* sums) const {
+    const int64_t group = task / group_tasks_;
+    const int64_t start = task % group_tasks_ * task_channels_;
+    const int64_t stop = std::min(plan_.out_channels, start + task_channels_);
+    const int64_t c_out = (job.groups.first + group) * plan_.out_channels;
+    const int64_t step = plan_.out_channels * job.rows.width;
+    A* panel = job.panel + group * panel_positions(job.slab) * step + start * job.rows.width;
+    for (const Run& run : job.slab.runs) {
+      double* run_sums = run.counts ? sums : nullptr;
+      if (run.slot < 0 && run_sums == nullptr) continue;
+      work_.pack(job.rows, {c_out + start, c_out + stop}, run.source, run.count,
+                 run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums);
+    }
+  }
+
+  void multiply_stage(const Slab& slab, Range stage, Range batch) {
+    const Range all = positions_of(g_, plan_.slabs, slab);
+    const int64_t jobs = stage.last - stage.first;
+    const int64_t wanted = divide_up(kUnitsPerThread * threads_, jobs);
+    const int64_t segments = divide_up(all.last - all.first, kSegment);
+    // Neighbouring segments share lines of memory: better they have one writer.
+    const int64_t strips = std::min(segments, wanted);
+    const int64_t most_blocks =
+        std::min(plan_.job_groups * plan_.blocks_per_group, batch.last - batch.first);
+    const int64_t splits = std::min(most_blocks, divide_up(wanted, strips));
+    const int64_t cost = divide_up(segments, strips) * kSegment * plan_.out_channels *
+                         plan_.panels.most_width() * divide_up(most_blocks, splits) *
+                         plan_.most_in_block();
+    work_.share(jobs * strips * splits, cost, threads_, [&](int64_t thread, int64_t unit) {
+      const int64_t split = unit % splits;
+      const int64_t strip = unit / splits % strips;
+      const int64_t panel = unit / splits / strips;
+      const Job job = make_job(slab, stage.first + panel, panel);
+      const Range some = {
+          all.first + strip * segments / strips * kSegment,
+          std::min(all.last, all.first + (strip + 1) * segments / strips * kSegment)};
+      const Range blocks = blocks_of(job, batch);
+      const int64_t count = blocks.last - blocks.first;
+      if (count <= 0) return;
+      multiply(job, batch,
+               {blocks.first + split * count / splits, blocks.first + (split + 1) * count / splits},
+               some, worker(thread));
+    });
+  }
+
+  void multiply(const Job& job, Range batch, Range blocks, Range positions, Worker& worker) const {
+    for (int64_t first = positions.first; first < positions.last; first += kSegment) {
+      const Range segment = {first, std::min(positions.last, first + kSegment)};
+      list_taps(job, segment, worker);
+      for (int64_t block = blocks.first; block < blocks.last; ++block) {
+        multiply_piece(job, batch, block, segment, worker);
+      }
+    }
+  }
+
+  void multiply_piece(const Job& job, Range batch, int64_t block, Range segment,
+                      Worker& worker) const {
+    const int64_t channels = plan_.block_size(block);
+    const int64_t width = job.rows.width;
+    const int64_t group = block / plan_.blocks_per_group - job.groups.first;
+    const Tile<A> tile = work_.tiles.tile[job.rows.vectors][channels];
+    TileTask<A> task = {};
+    task.linear = job.panel + group * panel_positions(job.slab) * plan_.out_channels * width;
+    task.weight = weight_of(block, batch);
+    task.weight_step = plan_.out_channels * channels;
+    task.channels = plan_.out_channels;
+    for (int64_t s = 0; s < segment.last - segment.first; ++s) {
+      task.linear_start = worker.linear_start.data() + worker.first_tap[s];
+      task.kernel = worker.kernel.data() + worker.first_tap[s];
+      task.taps = worker.first_tap[s + 1] - worker.first_tap[s];
+      tile(task, worker.piece + s * channels * width);
+    }
+    for (int64_t n = 0; n < channels; ++n) {
+      work_.unpack(job.rows, worker.piece + n * width, channels * width,
+                   plan_.channels_before(block) + n, segment.first, segment.last - segment.first);
+    }
+  }
+
+  // Where the operands of every tap of a segment begin: in the panel, and among the kernel
+  // elements.
+  void list_taps(const Job& job, Range segment, Worker& worker) const {
+    const int64_t step = plan_.out_channels * job.rows.width;
+    const auto reads = static_cast<int64_t>(job.slab.reads.size());
+    worker.linear_start.clear();
+    worker.kernel.clear();
+    Position before = {{-1, -1, -1}};
+    for (int64_t position = segment.first; position < segment.last; ++position) {
+      const Position i = in_position(g_, position);
+      for (int a = 0; a < kAxes; ++a) {
+        if (i.at[a] == before.at[a]) continue;
+        worker.taps[a].list_by_column(g_, a, i.at[a]);
+        if (a != plan_.slabs.axis) continue;
+        for (TapGroup& group : worker.taps[a].groups) {
+          group.position = job.slab.slot(group.position);
+        }
+      }
+      before = i;
+      worker.first_tap[position - segment.first] = static_cast<int64_t>(worker.linear_start.size());
+      // Sizes of the panel's axes: those of the output, and the slab's reads on its axis.
+      const int64_t size1 = plan_.slabs.axis == 1 ? reads : g_.axis[1].out;
+      const int64_t size2 = plan_.slabs.axis == 2 ? reads : g_.axis[2].out;
+      for_each_tap(worker.taps[0], [&](int64_t o0, int64_t k0) {
+        for_each_tap(worker.taps[1], [&](int64_t o1, int64_t k1) {
+          const int64_t o_line = (o0 * size1 + o1) * size2;
+          const int64_t k_line = (k0 * g_.axis[1].kernel + k1) * g_.axis[2].kernel;
+          for_each_tap(worker.taps[2], [&](int64_t o2, int64_t k2) {
+            worker.linear_start.push_back((o_line + o2) * step);
+            worker.kernel.push_back(k_line + k2);
+          });
+        });
+      });
+    }
+    worker.first_tap[segment.last - segment.first] =
+        static_cast<int64_t>(worker.linear_start.size());
+  }
+
+  template <typename Visitor>
+  static void for_each_tap(const PositionTaps& taps, Visitor&& visit) {
+    for (const TapGroup& group : taps.groups) {
+      for (int64_t n = group.first; n < group.last; ++n) {
+        visit(group.position, taps.kernel[static_cast<size_t>(n)]);
+      }
+    }
+  }
+
+  Work<T> work_;
+  const Geometry& g_;
+  const Plan plan_;
+  A* weight_ = nullptr;
+  char* panels_ = nullptr;
+  int64_t panel_bytes_ = 0;
+  int64_t piece_bytes_ = 0;
+  int64_t threads_ = 1;
+  int64_t task_channels_ = 0;  // output channels that make a task of packing
+  int64_t group_tasks_ = 0;
+  std::vector<double> sums_;
+  std::vector<Worker> workers_;
+};
+
+}  // namespace
+
+void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
+                               const Allocate& allocate) {
+  dispatch(params.dtype,
+           [&](auto zero) { ByInput<decltype(zero)>(params, parallel_for, allocate).run(); });
+}
+
+}  // namespace linfuse
