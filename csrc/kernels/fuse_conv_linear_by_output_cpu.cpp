@@ -7,7 +7,7 @@
 //
 //   block    up to TileSet::most_channels neighbouring (k, c_in)
 //   job      a panel of rows f, a slab of input positions and a group
-//   chunk    neighbouring output positions, packed as [o][c_out][f]
+//   chunk    neighbouring output positions and channels, packed as [o][c_out][f]
 //
 // A thread does a whole job: for every chunk that the slab reads, pack it, and for every o and block
 // compute the tile and add it to [c_in][i][f], which stays in its cache and is turned into rows at
@@ -24,8 +24,8 @@ constexpr int64_t kMostInChannels = 4;
 constexpr int64_t kLeastOutChannels = 16;
 
 constexpr int64_t kResultBytes = int64_t{2} << 20;
-constexpr int64_t kChunkBytes = int64_t{1} << 19;
-constexpr int64_t kLeastChunk = 16;
+constexpr int64_t kChunkBytes = int64_t{1} << 20;
+constexpr int64_t kChunkChannels = 128;
 constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kWantedJobs = 8;
 
@@ -34,7 +34,8 @@ struct Plan {
   int64_t out_channels;  // of a group
   int64_t taps;          // (k, c_in) of a group
   int64_t blocks;        // of a group
-  int64_t chunk;         // output positions
+  int64_t chunk_positions;
+  int64_t chunk_channels;
   Panels panels;
   Slabs slabs;
 
@@ -60,8 +61,9 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   const int64_t count = std::max(divide_up(g.axis[plan.slabs.axis].in, lines),
                                  divide_up(kWantedJobs, plan.panels.count * g.groups));
   cut_slabs(g, count, INT64_MAX, plan.slabs);
-  const int64_t position_bytes = plan.out_channels * plan.panels.most_width() * kSize;
-  plan.chunk = std::min(g.out_positions(), std::max(kLeastChunk, kChunkBytes / position_bytes));
+  plan.chunk_channels = std::min(plan.out_channels, kChunkChannels);
+  const int64_t position_bytes = plan.chunk_channels * plan.panels.most_width() * kSize;
+  plan.chunk_positions = std::min(g.out_positions(), kChunkBytes / position_bytes);
   return plan;
 }
 
@@ -80,7 +82,7 @@ class ByOutput {
     const int64_t line = g_.in_positions() / g_.axis[plan_.slabs.axis].in;
     const int64_t result_bytes =
         aligned(plan_.slabs.length * line * plan_.in_channels * width * kSize);
-    const int64_t chunk_bytes = aligned(plan_.chunk * plan_.out_channels * width * kSize);
+    const int64_t chunk_bytes = aligned(plan_.chunk_positions * plan_.chunk_channels * width * kSize);
     const int64_t own_bytes =
         result_bytes + chunk_bytes + aligned(plan_.most_in_block() * width * kSize);
     const int64_t weight_bytes = aligned(plan_.taps * plan_.out_channels * g_.groups * kSize);
@@ -162,18 +164,21 @@ class ByOutput {
                 static_cast<size_t>(plan_.in_channels * count * rows.width) * sizeof(A));
     double* sums =
         sums_.empty() ? nullptr : sums_.data() + number * plan_.panels.most_width();
-    const Range channels = {group * plan_.out_channels, (group + 1) * plan_.out_channels};
-    const int64_t step = plan_.out_channels * rows.width;
     for (const Run& run : worker.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
-      for (int64_t first = 0; first < run.count; first += plan_.chunk) {
-        const int64_t some = std::min(plan_.chunk, run.count - first);
-        work_.pack(rows, channels, run.source + first, some,
-                   run.slot < 0 ? nullptr : worker.chunk, step, run_sums);
-        for (int64_t n = 0; n < some && run.slot >= 0; ++n) {
-          list_inputs(run.source + first + n, worker);
-          add_position(worker, group, rows, positions, worker.chunk + n * step);
+      for (int64_t first = 0; first < run.count; first += plan_.chunk_positions) {
+        const int64_t some = std::min(plan_.chunk_positions, run.count - first);
+        for (int64_t c = 0; c < plan_.out_channels; c += plan_.chunk_channels) {
+          const Range channels = {c, std::min(plan_.out_channels, c + plan_.chunk_channels)};
+          const int64_t step = (channels.last - channels.first) * rows.width;
+          const int64_t c_out = group * plan_.out_channels;
+          work_.pack(rows, {c_out + channels.first, c_out + channels.last}, run.source + first,
+                     some, run.slot < 0 ? nullptr : worker.chunk, step, run_sums);
+          for (int64_t n = 0; n < some && run.slot >= 0; ++n) {
+            list_inputs(run.source + first + n, worker);
+            add_position(worker, group, channels, rows, positions, worker.chunk + n * step);
+          }
         }
       }
     }
@@ -201,9 +206,9 @@ class ByOutput {
     }
   }
 
-  // Adds what one output position gives to the input positions of the slab.
-  void add_position(Worker& worker, int64_t group, const Rows& rows, Range positions,
-                    const A* linear) const {
+  // Adds what some channels of one output position give to the input positions of the slab.
+  void add_position(Worker& worker, int64_t group, Range channels, const Rows& rows,
+                    Range positions, const A* linear) const {
     const int64_t count = positions.last - positions.first;
     A** target = worker.target.data();
     for (int64_t i : worker.in_of_kernel) {
@@ -219,17 +224,18 @@ class ByOutput {
     task.linear_start = &kZero;
     task.kernel = &kZero;
     task.taps = 1;
-    task.channels = plan_.out_channels;
-    task.weight = weight_ + group * plan_.taps * plan_.out_channels;
+    task.channels = channels.last - channels.first;
+    const A* weight = weight_ + group * plan_.taps * plan_.out_channels;
     for (int64_t block = 0; block < plan_.blocks; ++block) {
       const int64_t first = plan_.block_start(block);
       const int64_t size = plan_.block_start(block + 1) - first;
       A* const* targets = worker.target.data() + first;
       if (std::any_of(targets, targets + size, [](const A* to) { return to != nullptr; })) {
+        task.weight = weight + channels.first * size;
         work_.tiles.tile[rows.vectors][size](task, worker.tile);
         work_.tiles.add_lines(worker.tile, rows.width, size, targets);
       }
-      task.weight += size * plan_.out_channels;
+      weight += size * plan_.out_channels;
     }
   }
 
