@@ -26,17 +26,18 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.features = linear_weight.size(0);
   check_like(kOp, "linear_weight", linear_weight, "conv_weight", conv_weight,
              {params.features, geometry.rows()});
-  detail::Checked(kOp).multiply(params.features, detail::Checked(kOp).multiply(geometry.cols(), 8));
+  const detail::Checked checked(kOp);
+  checked.multiply(params.features, checked.multiply(geometry.cols(), 8));
   if (conv_bias.has_value()) {
     check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
-    conv_bias = torch::stable::contiguous(*conv_bias);
+    conv_bias = as_contiguous(*conv_bias);
   }
   if (linear_bias.has_value()) {
     check_like(kOp, "linear_bias", *linear_bias, "conv_weight", conv_weight, {params.features});
-    linear_bias = torch::stable::contiguous(*linear_bias);
+    linear_bias = as_contiguous(*linear_bias);
   }
 
-  conv_weight = torch::stable::contiguous(conv_weight);
+  conv_weight = as_contiguous(conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
   Tensor bias = allocate(kOp, conv_weight, {params.features});
   params.conv_weight = conv_weight.const_data_ptr();
