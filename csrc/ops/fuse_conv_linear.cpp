@@ -8,6 +8,7 @@ namespace linfuse {
 namespace {
 
 constexpr char kOp[] = "fuse_conv_linear";
+constexpr int64_t kSmallScratch = int64_t{1} << 15;
 
 std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Tensor> conv_bias,
                                             Tensor linear_weight, std::optional<Tensor> linear_bias,
@@ -50,9 +51,12 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.bias = bias.mutable_data_ptr();
   params.threads = static_cast<int>(torch::stable::get_num_threads());
 
-  // Scratch comes from torch, so that running out of memory is torch's own error.
+  // What small layers need is on the stack; more comes from torch, so that running out of memory is
+  // torch's own error.
+  alignas(64) char small_scratch[kSmallScratch];
   std::optional<Tensor> scratch;
-  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) {
+  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) -> void* {
+    if (bytes <= kSmallScratch) return small_scratch;
     scratch = allocate(kOp, conv_weight, {bytes}, torch::headeronly::ScalarType::Byte);
     return scratch->mutable_data_ptr();
   });
