@@ -69,7 +69,7 @@ def _check_fuse_conv_linear(
 def call(
     op: Any, geometry: Geometry, *operands: Tensor | None, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Calls an op that has a registration in _AUTOGRAD, with checked operands.
+    """Calls an op whose derivatives are given to register_autograd, with checked operands.
 
     Args:
         op: An overload of torch.ops.linfuse.
@@ -116,7 +116,7 @@ def _is_plain_call(operands: tuple[Tensor | None, ...]) -> bool:
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-# Parts of torch without a promise: a version that has them no longer is served the ordinary way.
+# Parts of torch without a promise: a version that lacks one is served the ordinary way.
 _CAN_SKIP_AUTOGRAD = all(
     hasattr(torch._C, name)
     for name in (
