@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FusionError
-from .functional import check_tensor
 from .modules import (
     _CONVOLUTIONS,
     _TRANSPOSED,
@@ -24,6 +23,7 @@ from .modules import (
     _parameters,
     _requires_grad,
 )
+from .operands import check_tensor
 
 __all__ = ["fuse_bn", "fuse_bn_into"]
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import sparse, torch_engine
 from .composition import Conv, Merge, compose
-from .geometry import DTYPES, Geometry, as_int, make_geometry, make_settings
+from .geometry import Geometry, as_int, make_geometry, make_settings
+from .operands import check_bias, check_tensor
+from .registrations import call
 
 __all__ = [
     "conv_to_affine",
@@ -30,52 +31,10 @@ __all__ = [
     "fuse_linear_linear",
 ]
 
+_OPS = torch.ops.linfuse
+
 Size = int | Sequence[int]
 Padding = int | Sequence[int] | str
-
-
-def _tangent(tensor: Tensor) -> Tensor | None:
-    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
-    return tangent
-
-
-def check_tensor(op: str, name: str, tensor: object, like: Tensor | None = None) -> None:
-    """Checks that an operand is a dense tensor of a dtype of ours, or else that of `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}")
-    # Without this, forward-mode derivatives of a custom op are zeros without a word.
-    if forward_ad._current_level >= 0 and _tangent(tensor) is not None:
-        raise ValueError(
-            f"{op}: `{name}` must carry no forward-mode tangent, as the ops have reverse-mode "
-            "derivatives only; use torch.autograd.grad or backward()"
-        )
-    if tensor.is_nested:
-        raise TypeError(f"{op}: `{name}` must be a dense tensor, got a nested one")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: `{name}` must be a dense tensor, got {tensor.layout}")
-    if like is None:
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{op}: `{name}` must be float32, float64, float16 or bfloat16, got {tensor.dtype}"
-            )
-        return
-    if tensor.dtype != like.dtype:
-        raise TypeError(
-            f"{op}: `{name}` must have the dtype of the weight ({like.dtype}), got {tensor.dtype}"
-        )
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{op}: `{name}` must be on the device of the weight ({like.device}), "
-            f"got {tensor.device}"
-        )
-
-
-def _check_vector(op: str, name: str, vector: Tensor | None, like: Tensor, size: int) -> None:
-    if vector is None:
-        return
-    check_tensor(op, name, vector, like)
-    if vector.dim() != 1 or vector.shape[0] != size:
-        raise ValueError(f"{op}: `{name}` must have shape ({size},), got {tuple(vector.shape)}")
 
 
 def _check_rows(op: str, rows: Sequence[int] | None, geometry: Geometry) -> tuple[int, int] | None:
@@ -167,27 +126,15 @@ def conv_to_affine(
             f"{op}: `layout` must be torch.strided, torch.sparse_csr or torch.sparse_coo, "
             f"got {layout}"
         )
-    geometry = make_geometry(
-        op,
-        weight.shape,
-        input_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        transposed,
-        output_padding,
-        padding_mode,
-    )
-    _check_vector(op, "bias", bias, weight, geometry.out_channels)
+    settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
+    geometry = make_geometry(op, weight.shape, input_size, *settings)
+    check_bias(op, "bias", bias, weight, geometry.out_channels)
     block = _check_rows(op, rows, geometry)
     sparse.check_index_dtype(op, index_dtype, layout, geometry, block)
     if layout != torch.strided:
         matrix = sparse.make_matrix(weight, geometry, layout, block, index_dtype)
         return matrix, sparse.make_offset(weight, bias, geometry, block)
-    matrix, offset = torch.ops.linfuse.conv_to_affine(
-        weight, bias, *geometry.op_arguments, **geometry.op_keywords, rows=block
-    )
+    matrix, offset = call(_OPS.conv_to_affine.default, geometry, weight, bias, rows=block)
     return matrix, offset
 
 
@@ -245,19 +192,9 @@ def conv_to_diagonals(
     """
     op = "conv_to_diagonals"
     check_tensor(op, "weight", weight)
-    geometry = make_geometry(
-        op,
-        weight.shape,
-        input_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        transposed,
-        output_padding,
-        padding_mode,
-    )
-    _check_vector(op, "bias", bias, weight, geometry.out_channels)
+    settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
+    geometry = make_geometry(op, weight.shape, input_size, *settings)
+    check_bias(op, "bias", bias, weight, geometry.out_channels)
     return sparse.make_diagonals(weight, bias, geometry)
 
 
@@ -316,33 +253,17 @@ def fuse_conv_linear(
     op = "fuse_conv_linear"
     check_tensor(op, "conv_weight", conv_weight)
     check_tensor(op, "linear_weight", linear_weight, conv_weight)
-    geometry = make_geometry(
-        op,
-        conv_weight.shape,
-        input_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        transposed,
-        output_padding,
-        padding_mode,
-    )
+    settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
+    geometry = make_geometry(op, conv_weight.shape, input_size, *settings)
     if linear_weight.dim() != 2 or linear_weight.shape[1] != geometry.rows:
         raise ValueError(
             f"{op}: `linear_weight` must have shape (F, {geometry.rows}), as the convolution's "
             f"output flattens to {geometry.rows}, got {tuple(linear_weight.shape)}"
         )
-    _check_vector(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    _check_vector(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
-    weight, bias = torch.ops.linfuse.fuse_conv_linear(
-        conv_weight,
-        conv_bias,
-        linear_weight,
-        linear_bias,
-        *geometry.op_arguments,
-        **geometry.op_keywords,
-    )
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
+    operands = (conv_weight, conv_bias, linear_weight, linear_bias)
+    weight, bias = call(_OPS.fuse_conv_linear.default, geometry, *operands)
     return weight, bias
 
 
@@ -402,26 +323,16 @@ def fuse_linear_conv(
     op = "fuse_linear_conv"
     check_tensor(op, "conv_weight", conv_weight)
     check_tensor(op, "linear_weight", linear_weight, conv_weight)
-    geometry = make_geometry(
-        op,
-        conv_weight.shape,
-        input_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        transposed,
-        output_padding,
-        padding_mode,
-    )
+    settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
+    geometry = make_geometry(op, conv_weight.shape, input_size, *settings)
     if linear_weight.dim() != 2 or linear_weight.shape[0] != geometry.cols:
         raise ValueError(
             f"{op}: `linear_weight` must have shape ({geometry.cols}, D), as the convolution's "
             f"input unflattens from {geometry.cols}, got {tuple(linear_weight.shape)}"
         )
-    _check_vector(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
-    _check_vector(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    weight, bias = torch.ops.linfuse.fuse_linear_conv(
+    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    weight, bias = _OPS.fuse_linear_conv(
         linear_weight,
         linear_bias,
         conv_weight,
@@ -470,8 +381,8 @@ def fuse_linear_linear(
             f"{op}: `second_weight` must have shape (F, {first_weight.shape[0]}), as the first "
             f"Linear puts out {first_weight.shape[0]}, got {tuple(second_weight.shape)}"
         )
-    _check_vector(op, "first_bias", first_bias, first_weight, first_weight.shape[0])
-    _check_vector(op, "second_bias", second_bias, first_weight, second_weight.shape[0])
+    check_bias(op, "first_bias", first_bias, first_weight, first_weight.shape[0])
+    check_bias(op, "second_bias", second_bias, first_weight, second_weight.shape[0])
     wide = torch.promote_types(first_weight.dtype, torch.float32)
     bias = torch.zeros(second_weight.shape[0], dtype=wide, device=first_weight.device)
     if first_bias is not None:
@@ -490,7 +401,7 @@ def check_pair(op: str, first_weight: Tensor, second_weight: Tensor) -> None:
 def _settings(op: str, name: str, weight: Tensor, bias: Tensor | None, *settings: Any) -> Conv:
     """The checked settings of one of two convolutions."""
     made = make_settings(f"{op}, {name} layer", weight.shape, *settings)
-    _check_vector(op, f"{name}_bias", bias, weight, made.out_channels)
+    check_bias(op, f"{name}_bias", bias, weight, made.out_channels)
     return Conv.of(made, bias is not None)
 
 
@@ -563,31 +474,15 @@ def fuse_conv_conv(
     op = "fuse_conv_conv"
     check_pair(op, first_weight, second_weight)
     first = _settings(
-        op,
-        "first",
-        first_weight,
-        first_bias,
-        first_stride,
-        first_padding,
-        first_dilation,
-        first_groups,
-        first_transposed,
-        first_output_padding,
-        first_padding_mode,
-    )
+        op, "first", first_weight, first_bias,
+        first_stride, first_padding, first_dilation, first_groups,
+        first_transposed, first_output_padding, first_padding_mode,
+    )  # fmt: skip
     second = _settings(
-        op,
-        "second",
-        second_weight,
-        second_bias,
-        second_stride,
-        second_padding,
-        second_dilation,
-        second_groups,
-        second_transposed,
-        second_output_padding,
-        second_padding_mode,
-    )
+        op, "second", second_weight, second_bias,
+        second_stride, second_padding, second_dilation, second_groups,
+        second_transposed, second_output_padding, second_padding_mode,
+    )  # fmt: skip
     return merge_weights(
         compose(op, first, second), first_weight, first_bias, second_weight, second_bias
     )
@@ -618,7 +513,7 @@ def merge_weights(
     if merge.turn_second:
         second_weight = torch_engine.turn(second_weight, second.groups)
     if not merge.result.transposed:
-        weight, bias = torch.ops.linfuse.fuse_conv_conv(
+        weight, bias = _OPS.fuse_conv_conv(
             first_weight,
             first_bias,
             second_weight,
@@ -632,7 +527,7 @@ def merge_weights(
         return weight, bias
     # A transposed convolution is the adjoint of the convolution of the same weight, and the adjoint
     # of two maps in a row is that of the second, then that of the first.
-    weight, _ = torch.ops.linfuse.fuse_conv_conv(
+    weight, _ = _OPS.fuse_conv_conv(
         second_weight,
         None,
         first_weight,

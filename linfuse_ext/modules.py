@@ -7,6 +7,7 @@ linfuse_ext.functional.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from . import functional
 from .composition import Conv, compose
 from .functional import Size
 from .geometry import make_geometry, make_settings
+from .operands import check_tensor
 
 __all__ = [
     "conv_to_linear",
@@ -74,11 +76,25 @@ def _requires_grad(*parameters: Tensor | None) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
+@functools.cache
+def _linear_template() -> nn.Linear:
+    # On the meta device nothing is allocated and no random number is drawn.
+    return nn.Linear(1, 1, bias=False, device="meta")
+
+
+def _new_linear() -> nn.Linear:
+    """A Linear as its constructor leaves it, which takes longer than to merge two small layers."""
+    linear = nn.Linear.__new__(nn.Linear)
+    attributes = vars(linear)
+    for name, value in vars(_linear_template()).items():
+        attributes[name] = value.copy() if isinstance(value, (dict, list, set)) else value
+    return linear
+
+
 def _make_linear(
     weight: Tensor, bias: Tensor | None, weight_grad: bool, bias_grad: bool, training: bool
 ) -> nn.Linear:
-    # On the meta device nothing is allocated and no random number is drawn.
-    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear = _new_linear()
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=weight_grad)
     if bias is not None:
@@ -139,7 +155,7 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
     op = "conv_to_linear"
     _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
     weight, bias = _parameters(conv)
-    functional.check_tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     make_geometry(op, weight.shape, input_size, **_conv_keywords(conv))  # errors name this op
     with torch.no_grad():
         matrix, offset = functional.conv_to_affine(weight, bias, input_size, **_conv_keywords(conv))

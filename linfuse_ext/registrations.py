@@ -19,50 +19,34 @@ import torch
 from torch import Tensor
 
 from . import torch_engine
-from .geometry import DTYPES, Geometry, make_geometry
+from .geometry import Geometry, make_geometry
+from .operands import check_bias, check_tensor
 
 _OPS = torch.ops.linfuse
 
 
 def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geometry:
     """The geometry from an op's arguments, input_size first; `rows` is not part of it."""
-    keywords = {name: value for name, value in keywords.items() if name != "rows"}
-    return make_geometry(op, weight_size, *arguments, **keywords)
+    # The dispatcher makes lists of what were tuples.
+    spelled = (tuple(a) if isinstance(a, list) else a for a in (weight_size, *arguments))
+    keywords = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in keywords.items()
+        if name != "rows"
+    }
+    return make_geometry(op, *spelled, **keywords)
 
 
-def _rows(geometry: Geometry, keywords: Any) -> tuple[int, int]:
+def _rows(op: str, geometry: Geometry, keywords: Any) -> tuple[int, int]:
     rows = keywords.get("rows")
     if rows is None:
         return 0, geometry.rows
     if len(rows) != 2 or not (rows[0] >= 0 and rows[0] <= rows[1] and rows[1] <= geometry.rows):
         raise ValueError(
-            f"`rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
+            f"{op}: `rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
             f"got {tuple(rows)}"
         )
     return rows[0], rows[1]
-
-
-def _check_operand(
-    op: str, name: str, tensor: Tensor | None, like: Tensor, *size: int | None
-) -> None:
-    """What direct callers of torch.ops meet where a kernel is not C++; None stands for any size."""
-    if tensor is None:
-        return
-    if tensor.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: `{name}` must be float32, float64, float16 or bfloat16, got {tensor.dtype}"
-        )
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: `{name}` must have the dtype {like.dtype}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: `{name}` must be on the device {like.device}, got {tensor.device}")
-    fits = tensor.dim() == len(size) and all(
-        wanted is None or actual == wanted
-        for actual, wanted in zip(tensor.shape, size, strict=True)
-    )
-    if not fits:
-        text = ", ".join("F" if n is None else str(n) for n in size)
-        raise ValueError(f"{op}: `{name}` must have shape ({text}), got {tuple(tensor.shape)}")
 
 
 def _check_fuse_conv_linear(
@@ -73,10 +57,74 @@ def _check_fuse_conv_linear(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
 ) -> None:
-    _check_operand(op, "conv_weight", conv_weight, conv_weight, *conv_weight.shape)
-    _check_operand(op, "linear_weight", linear_weight, conv_weight, None, geometry.rows)
-    _check_operand(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    _check_operand(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight, (None, geometry.rows))
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
+
+
+# Calls --------------------------------------------------------------------------------------------
+
+
+def call(
+    op: Any, geometry: Geometry, *operands: Tensor | None, **options: Any
+) -> tuple[Tensor, ...]:
+    """Calls an op whose derivatives are given to register_autograd, with checked operands.
+
+    Args:
+        op: An overload of torch.ops.linfuse.
+        geometry: What its geometry arguments are taken from.
+        *operands: The tensors that stand before them.
+        **options: What stands after them.
+
+    Returns:
+        What the op returns.
+    """
+    arguments, keywords = geometry.op_arguments, geometry.op_keywords
+    if _is_plain_call(operands):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = op(*operands, *arguments, **keywords, **options)
+            return outputs
+    outputs = op(*operands, *arguments, **keywords, **options)
+    return outputs
+
+
+def _is_plain_call(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether the layer that register_autograd installs has nothing to do but to cost time.
+
+    That layer is a Python function between the caller and the kernel, and takes longer than the
+    kernel of a small op. Where no operand wants a gradient it goes on below autograd and does no
+    more (torch/_library/autograd.py), so that a call may begin there. Whatever looks at a call
+    before autograd does must see it as it is, and its own code must run with autograd on: traces,
+    transforms of torch.func (their tensors are of the plain type), function modes, and subclasses
+    of Tensor. Dispatch modes come below autograd anyway.
+    """
+    if (
+        not _CAN_SKIP_AUTOGRAD
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack() > 0
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for operand in operands:
+        if operand is None:
+            continue
+        if type(operand) not in _PLAIN_TENSORS or (grad and operand.requires_grad):
+            return False
+    return True
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# Parts of torch without a promise: a version that lacks one is served the ordinary way.
+_CAN_SKIP_AUTOGRAD = all(
+    hasattr(torch._C, name)
+    for name in (
+        "_AutoDispatchBelowAutograd",
+        "_are_functorch_transforms_active",
+        "_len_torch_function_stack",
+    )
+)
 
 
 # Fake kernels -------------------------------------------------------------------------------------
@@ -86,9 +134,9 @@ def _check_fuse_conv_linear(
 def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> Any:
     op = "conv_to_affine"
     geometry = _geometry(op, weight.shape, arguments, keywords)
-    _check_operand(op, "weight", weight, weight, *weight.shape)
-    _check_operand(op, "bias", bias, weight, geometry.out_channels)
-    start, stop = _rows(geometry, keywords)
+    check_tensor(op, "weight", weight)
+    check_bias(op, "bias", bias, weight, geometry.out_channels)
+    start, stop = _rows(op, geometry, keywords)
     return weight.new_empty(stop - start, geometry.cols), weight.new_empty(stop - start)
 
 
@@ -96,8 +144,8 @@ def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> 
 def _(grad_matrix: Tensor, weight_size: Any, *arguments: Any, **keywords: Any) -> Any:
     op = "conv_to_affine_backward"
     geometry = _geometry(op, weight_size, arguments, keywords)
-    start, stop = _rows(geometry, keywords)
-    _check_operand(op, "grad_matrix", grad_matrix, grad_matrix, stop - start, geometry.cols)
+    start, stop = _rows(op, geometry, keywords)
+    check_tensor(op, "grad_matrix", grad_matrix, None, (stop - start, geometry.cols))
     return grad_matrix.new_empty(weight_size)
 
 
@@ -121,7 +169,8 @@ def _(
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
     op = "convolve_rows"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_operand(op, "rows", rows, conv_weight, None, geometry.cols)
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
     return rows.new_empty(rows.shape[0], geometry.rows)
 
 
@@ -132,8 +181,8 @@ def _(
     op = "fuse_conv_linear_backward_conv"
     geometry = _geometry(op, weight_size, arguments, keywords)
     features = grad_weight.shape[0]
-    _check_operand(op, "grad_weight", grad_weight, grad_weight, None, geometry.cols)
-    _check_operand(op, "linear_weight", linear_weight, grad_weight, features, geometry.rows)
+    check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
+    check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
     return grad_weight.new_empty(weight_size)
 
 
@@ -144,7 +193,8 @@ def _(
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     op = "convolve_rows"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_operand(op, "rows", rows, conv_weight, None, geometry.cols)
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
     return torch_engine.convolve_rows(conv_weight, rows, geometry).contiguous()
 
 
@@ -155,8 +205,8 @@ def _(
     op = "fuse_conv_linear_backward_conv"
     geometry = _geometry(op, weight_size, arguments, keywords)
     features = grad_weight.shape[0]
-    _check_operand(op, "grad_weight", grad_weight, grad_weight, None, geometry.cols)
-    _check_operand(op, "linear_weight", linear_weight, grad_weight, features, geometry.rows)
+    check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
+    check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
     return torch_engine.conv_gradient(
         linear_weight, grad_weight, weight_size, geometry
     ).contiguous()
@@ -206,9 +256,10 @@ def _(
     """Each column of the Linear, and its bias, is an image that goes forward."""
     op = "fuse_linear_conv"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_operand(op, "linear_weight", linear_weight, conv_weight, geometry.cols, None)
-    _check_operand(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
-    _check_operand(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
+    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
     weight = _OPS.convolve_rows(linear_weight.T, conv_weight, *arguments, **keywords).T
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
@@ -284,7 +335,7 @@ def _conv_to_affine_gradient(
         )
     if grad_offset is not None and ctx.has_bias and ctx.needs_input_grad[1]:
         geometry = _geometry("conv_to_affine", ctx.weight_size, ctx.arguments, ctx.keywords)
-        start, stop = _rows(geometry, ctx.keywords)
+        start, stop = _rows("conv_to_affine", geometry, ctx.keywords)
         all_rows = torch.nn.functional.pad(grad_offset, (start, geometry.rows - stop))
         grad_bias = all_rows.view(geometry.out_channels, -1).sum(1)
     return grad_weight, grad_bias, *_none_for(ctx.arguments)

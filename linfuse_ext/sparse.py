@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .registrations import _geometry, _none_for, _one_by_one, _rows
+from .registrations import _geometry, _none_for, _one_by_one, _rows, call
 
 _OPS = torch.ops.linfuse
 _LARGEST_INT32 = 2**31 - 1
@@ -127,8 +127,9 @@ def count_stored(geometry: Geometry, rows: tuple[int, int] | None) -> int | None
 
 @torch.library.register_fake("linfuse::conv_to_csr")
 def _(weight: Tensor, *arguments: Any, index32: bool = False, **keywords: Any) -> Any:
-    geometry = _geometry("conv_to_csr", weight.shape, arguments, keywords)
-    start, stop = _rows(geometry, keywords)
+    op = "conv_to_csr"
+    geometry = _geometry(op, weight.shape, arguments, keywords)
+    start, stop = _rows(op, geometry, keywords)
     stored: Any = count_stored(geometry, keywords.get("rows"))
     if stored is None:
         stored = torch.library.get_ctx().new_dynamic_size()
@@ -231,12 +232,8 @@ def make_matrix(
     index_dtype: torch.dtype,
 ) -> Tensor:
     """The matrix as torch.sparse_csr or torch.sparse_coo; gradients flow through its values."""
-    values, columns, row_pointers = _OPS.conv_to_csr(
-        weight,
-        *geometry.op_arguments,
-        **geometry.op_keywords,
-        rows=rows,
-        index32=index_dtype == torch.int32,
+    values, columns, row_pointers = call(
+        _OPS.conv_to_csr.default, geometry, weight, rows=rows, index32=index_dtype == torch.int32
     )
     size = (row_pointers.shape[0] - 1, geometry.cols)
     if layout == torch.sparse_csr:
@@ -283,9 +280,7 @@ class Diagonals(NamedTuple):
 def make_diagonals(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Diagonals:
     """The generalised diagonals, from the stored elements alone."""
     n = 1 << (max(geometry.rows, geometry.cols) - 1).bit_length()
-    values, columns, row_pointers = _OPS.conv_to_csr(
-        weight, *geometry.op_arguments, **geometry.op_keywords
-    )
+    values, columns, row_pointers = call(_OPS.conv_to_csr.default, geometry, weight)
     rows = _row_of_each(row_pointers, values.shape[0])
     diagonal = columns.sub_(rows).remainder_(n)
     used = torch.zeros(n, dtype=torch.bool, device=weight.device)

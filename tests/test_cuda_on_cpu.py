@@ -130,7 +130,9 @@ def problem_of(case: Case, dtype: torch.dtype, rows: tuple[int, int] | None = No
     return Problem(
         case.weight_size,
         *(value if isinstance(value, int) else tuple(value) for value in geometry.op_arguments),
-        **geometry.op_keywords,
+        transposed=geometry.transposed,
+        output_padding=geometry.output_padding,
+        padding_mode=geometry.padding_mode,
         rows=(0, geometry.rows) if rows is None else rows,
         cols=geometry.cols,
         dtype=name_of(dtype),

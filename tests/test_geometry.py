@@ -154,3 +154,27 @@ def test_output_sizes_are_those_of_torch() -> None:
             except ValueError:
                 actual = None
             assert actual == (expected or None)
+
+
+def test_what_is_remembered_hides_no_error() -> None:
+    """1, 1.0 and True are equal and hash alike, but only the first is an int."""
+    import numpy as np
+
+    good = make_geometry("case", (4, 2, 3, 3), (6, 7), (1, 1), 1, (1, 1), 1, False)
+    for numbers in ([1, 1], (np.int64(1), np.int64(1))):
+        assert make_geometry("case", (4, 2, 3, 3), [6, 7], numbers, 1, numbers, 1, False) == good
+    for bad in (1.0, True, (1, 1.0), (True, 1), np.float64(1), ("1", "1"), None):
+        for name in ("stride", "padding", "dilation", "groups"):
+            with pytest.raises(TypeError, match=f"`{name}` must be an int"):
+                make_geometry("case", (4, 2, 3, 3), (6, 7), **{name: bad})
+    with pytest.raises(TypeError, match="`input_size` must be an int"):
+        make_geometry("case", (4, 2, 3, 3), (6.0, 7), (1, 1), 1, (1, 1), 1, False)
+    for bad in (0, [], None):
+        with pytest.raises(TypeError, match="`transposed` must be a bool"):
+            make_geometry("case", (4, 2, 3, 3), (6, 7), (1, 1), 1, (1, 1), 1, bad)
+
+
+def test_errors_name_the_op_that_was_called() -> None:
+    for op in ("first", "second", "first"):
+        with pytest.raises(ValueError, match=f"^{op}: `stride` must be positive"):
+            make_geometry(op, (4, 2, 3, 3), (6, 7), 0)

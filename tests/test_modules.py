@@ -201,3 +201,20 @@ def test_meta_layers_give_meta_layers() -> None:
     conv, linear = nn.Conv2d(2, 3, 3, device="meta"), nn.Linear(36, 5, device="meta")
     fused = lf.fuse_conv_linear(conv, linear, (6, 5))
     assert fused.weight.is_meta and fused.weight.shape == (5, 60)
+
+
+def test_what_is_returned_is_a_linear_as_its_constructor_makes_it() -> None:
+    conv, linear = tiny()
+    first, second = (lf.fuse_conv_linear(conv, linear, (6, 5)) for _ in range(2))
+    fresh = nn.Linear(first.in_features, first.out_features)
+    assert {k: type(v) for k, v in vars(first).items()} == {
+        k: type(v) for k, v in vars(fresh).items()
+    }
+    assert list(first.state_dict()) == list(fresh.state_dict())
+    # Two results share nothing, not even where hooks are kept.
+    first.register_forward_hook(lambda *_: None)
+    first.register_buffer("extra", torch.zeros(1), persistent=False)
+    assert not second._forward_hooks
+    assert not second._buffers
+    assert not second._non_persistent_buffers_set
+    assert not lf.fuse_conv_linear(conv, linear, (6, 5))._forward_hooks

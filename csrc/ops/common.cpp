@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace linfuse {
@@ -32,16 +33,16 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
   if (tensor.device() != like.device()) {
     reject(op, std::string("`") + name + "` must be on the device of `" + like_name + "`");
   }
-  if (size_of(tensor) != size) {
+  const auto actual = tensor.sizes();
+  if (!std::equal(actual.begin(), actual.end(), size.begin(), size.end())) {
     reject(op, std::string("`") + name + "` must have shape " + to_text(size) + ", got " +
                    to_text(size_of(tensor)));
   }
 }
 
 IntList size_of(const Tensor& tensor) {
-  IntList size(static_cast<size_t>(tensor.dim()));
-  for (size_t n = 0; n < size.size(); ++n) size[n] = tensor.size(static_cast<int64_t>(n));
-  return size;
+  const auto size = tensor.sizes();
+  return IntList(size.begin(), size.end());
 }
 
 std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
@@ -55,15 +56,33 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
   return {(*rows)[0], (*rows)[1]};
 }
 
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Tensor allocate(const char* op, const Tensor& like, const IntList& size,
-                std::optional<torch::headeronly::ScalarType> dtype) {
-  try {
-    return torch::stable::new_empty(like, size, dtype);
-  } catch (const std::exception&) {
+                std::optional<ScalarType> dtype) {
+  IntList stride(size.size(), 1);
+  for (size_t n = size.size(); n > 1; --n) {
+    stride[n - 2] = stride[n - 1] * std::max<int64_t>(size[n - 1], 1);
+  }
+  int32_t type = 0;
+  int32_t device = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype.has_value()) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  }
+  AtenTensorHandle tensor = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), type,
+                               device, device_index, &tensor) != AOTI_TORCH_SUCCESS) {
     // The stable ABI of 2.11 loses the allocator's own words.
     throw std::runtime_error(std::string(op) + ": out of memory, could not allocate a tensor of " +
                              to_text(size) + " elements");
   }
+  return Tensor(tensor);
 }
 
 const void* data_or_null(const std::optional<Tensor>& tensor) {

@@ -38,8 +38,12 @@ IntList size_of(const Tensor& tensor);
 std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
                                       const Geometry& geometry);
 
+// The tensor itself where it is contiguous, and else a copy.
+Tensor as_contiguous(const Tensor& tensor);
+
 // Fresh, contiguous and uninitialised, on the device of `like` and of its dtype unless one is
-// given.
+// given. Straight from the allocator: torch::stable::new_empty looks its op up by name, which for a
+// small layer takes longer than the kernel; so does torch::stable::contiguous.
 Tensor allocate(const char* op, const Tensor& like, const IntList& size,
                 std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 

@@ -20,11 +20,11 @@ std::tuple<Tensor, Tensor> conv_to_affine(Tensor weight, std::optional<Tensor> b
                                         groups, transposed, output_padding, padding_mode});
   if (bias.has_value()) {
     check_like(kOp, "bias", *bias, "weight", weight, {params.geometry.out_channels});
-    bias = torch::stable::contiguous(*bias);
+    bias = as_contiguous(*bias);
   }
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);
 
-  weight = torch::stable::contiguous(weight);
+  weight = as_contiguous(weight);
   const int64_t row_count = params.row_stop - params.row_start;
   Tensor matrix = allocate(kOp, weight, {row_count, params.geometry.cols()});
   Tensor offset = allocate(kOp, weight, {row_count});

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_to_csr(Tensor weight, IntList input_size
   params.index32 = index32;
   if (index32) check_fits_index32(params);
 
-  weight = torch::stable::contiguous(weight);
+  weight = as_contiguous(weight);
   const auto index =
       index32 ? torch::headeronly::ScalarType::Int : torch::headeronly::ScalarType::Long;
   Tensor values = allocate(kOp, weight, {params.stored});

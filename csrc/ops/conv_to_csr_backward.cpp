@@ -24,7 +24,7 @@ Tensor conv_to_csr_backward(Tensor grad_values, IntList weight_size, IntList inp
                          params.taps.stored.before(params.geometry, params.row_start);
   check_like(kOp, "grad_values", grad_values, "grad_values", grad_values, {stored});
 
-  grad_values = torch::stable::contiguous(grad_values);
+  grad_values = as_contiguous(grad_values);
   Tensor grad_weight = allocate(kOp, grad_values, weight_size);
   params.grad_values = grad_values.const_data_ptr();
   params.grad_weight = grad_weight.mutable_data_ptr();

@@ -8,6 +8,7 @@ namespace linfuse {
 namespace {
 
 constexpr char kOp[] = "fuse_conv_linear";
+constexpr int64_t kSmallScratch = int64_t{1} << 15;
 
 std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Tensor> conv_bias,
                                             Tensor linear_weight, std::optional<Tensor> linear_bias,
@@ -26,17 +27,18 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.features = linear_weight.size(0);
   check_like(kOp, "linear_weight", linear_weight, "conv_weight", conv_weight,
              {params.features, geometry.rows()});
-  detail::Checked(kOp).multiply(params.features, detail::Checked(kOp).multiply(geometry.cols(), 8));
+  const detail::Checked checked(kOp);
+  checked.multiply(params.features, checked.multiply(geometry.cols(), 8));
   if (conv_bias.has_value()) {
     check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
-    conv_bias = torch::stable::contiguous(*conv_bias);
+    conv_bias = as_contiguous(*conv_bias);
   }
   if (linear_bias.has_value()) {
     check_like(kOp, "linear_bias", *linear_bias, "conv_weight", conv_weight, {params.features});
-    linear_bias = torch::stable::contiguous(*linear_bias);
+    linear_bias = as_contiguous(*linear_bias);
   }
 
-  conv_weight = torch::stable::contiguous(conv_weight);
+  conv_weight = as_contiguous(conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
   Tensor bias = allocate(kOp, conv_weight, {params.features});
   params.conv_weight = conv_weight.const_data_ptr();
@@ -49,9 +51,12 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.bias = bias.mutable_data_ptr();
   params.threads = static_cast<int>(torch::stable::get_num_threads());
 
-  // Scratch comes from torch, so that running out of memory is torch's own error.
+  // What small layers need is on the stack; more comes from torch, so that running out of memory is
+  // torch's own error.
+  alignas(64) char small_scratch[kSmallScratch];
   std::optional<Tensor> scratch;
-  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) {
+  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) -> void* {
+    if (bytes <= kSmallScratch) return small_scratch;
     scratch = allocate(kOp, conv_weight, {bytes}, torch::headeronly::ScalarType::Byte);
     return scratch->mutable_data_ptr();
   });
