@@ -51,7 +51,7 @@ class Cost:
         if self.bytes > MAX_BYTES[device]:
             return f"would hold about {self.bytes / 1e9:.0f} GB"
         if (seconds := self.seconds(device, dtype)) > patience:
-            return f"would take about {seconds:.1g} s"
+            return f"would take about {seconds:.{1 if seconds < 10 else 0}f} s"
         return None
 
 

@@ -56,7 +56,7 @@ def _panel(axis: Any, name: str, sweep: Mapping[str, Any]) -> None:
         fontsize=7.5,
     )
     axis.set_ylabel("ms", fontsize=8)
-    axis.tick_params(labelsize=7.5, colors=INK)
+    axis.tick_params(which="both", labelsize=7.5, colors=INK)
     axis.grid(color=FAINT, linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
