@@ -1,7 +1,7 @@
 """What a peer would take on a layer, estimated before it is run.
 
 The slow ways grow as the square of the image. They are measured on small layers, where they end
-soon, and left out, with the estimate as the reason, where they would not.
+soon, and left out, with the reason, where the estimate says that they would not.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Cost:
         """Why it is not worth running, or None where it is; patience is in seconds."""
         if self.bytes > MAX_BYTES[device]:
             return f"would hold about {self.bytes / 1e9:.0f} GB"
-        if (seconds := self.seconds(device, dtype)) > patience:
-            return f"would take about {seconds:.{1 if seconds < 10 else 0}f} s"
+        if self.seconds(device, dtype) > patience:
+            return f"would take more than {patience:g} s a call"
         return None
 
 

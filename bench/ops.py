@@ -164,7 +164,7 @@ def _zeros(layer: Layer, cw: Tensor, cb: Tensor) -> Tensor:
     return torch.zeros(layer.made_rows, layer.cols, dtype=cw.dtype, device=cw.device)
 
 
-# On two cores a second each tells as much about the slow ways as minutes would.
+# Seconds a call. Small layers show how slow the slow ways are; the gist's loops have few of them.
 _SLOW, _SLOWEST = 0.1, 3.0
 
 OPS = {
