@@ -31,10 +31,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the peak's tests where their names say: first, in the middle, last."""
+    moments: dict[str, list[pytest.Item]] = {"start": [], "middle": [], "end": []}
+    others = []
+    for item in items:
+        params = getattr(item, "callspec", None)
+        moments.get(params.params.get("moment", "") if params else "", others).append(item)
+    half = len(others) // 2
+    while 0 < half < len(others) and _case(others[half]) is _case(others[half - 1]):
+        half += 1  # not between the entrants of one case
+    items[:] = [
+        *moments["start"], *others[:half], *moments["middle"], *others[half:], *moments["end"],
+    ]  # fmt: skip
+
+
+def _case(item: pytest.Item) -> Case | None:
+    params = getattr(item, "callspec", None)
+    return params.params.get("case") if params else None
+
+
 @pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> float:
-    """About how long one group is measured."""
-    return 1.0 if request.config.getoption("--bench-quick") else 4.0
+def share(request: pytest.FixtureRequest) -> float:
+    """How much of its time a group is given."""
+    return 0.3 if request.config.getoption("--bench-quick") else 1.0
 
 
 @pytest.fixture
@@ -54,8 +74,18 @@ def _measured() -> dict[Case, dict[str, Outcome]]:
     return {}
 
 
+@pytest.fixture(scope="session")
+def _entrants(request: pytest.FixtureRequest) -> dict[Case, list[str]]:
+    """Who was selected, by case."""
+    selected: dict[Case, list[str]] = {}
+    for item in request.session.items:
+        if case := _case(item):
+            selected.setdefault(case, []).append(item.callspec.params["entrant"])
+    return selected
+
+
 @pytest.fixture
-def run(request: pytest.FixtureRequest, benchmark, replay, seconds, _measured) -> Callable:
+def run(benchmark, replay, share, _entrants, _measured) -> Callable:
     """Returns ``run(case, entrant)``, which reports an entrant's rounds as a benchmark.
 
     The first test of a group measures everyone of that group who was selected.
@@ -66,10 +96,8 @@ def run(request: pytest.FixtureRequest, benchmark, replay, seconds, _measured) -
         if reason := case.skip_reason(entrant):
             pytest.skip(f"{entrant}: {reason}")
         if case not in _measured:
-            params = [getattr(item, "callspec", None) for item in request.session.items]
-            selected = [p.params["entrant"] for p in params if p and p.params.get("case") == case]
-            running = [name for name in selected if case.skip_reason(name) is None]
-            _measured[case] = race(case, running, seconds)
+            running = [name for name in _entrants[case] if case.skip_reason(name) is None]
+            _measured[case] = race(case, running, case.seconds * share)
         outcome = _measured[case][entrant]
         if isinstance(outcome, RuntimeError) and entrant != OURS:
             pytest.skip(f"{entrant} does not run here: {outcome}")

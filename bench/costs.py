@@ -1,7 +1,7 @@
 """What a peer would take on a layer, estimated before it is run.
 
-The slow ways grow as the square of the image. They are measured where they end within a few
-seconds and left out, with the estimate as the reason, where they would not.
+The slow ways grow as the square of the image. They are measured on small layers, where they end
+soon, and left out, with the reason, where the estimate says that they would not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 
 from bench.layers import Layer
 
-MAX_SECONDS = 3.0
 MAX_BYTES = {"cpu": 8e9, "cuda": 32e9}
 
 # Round figures of what torch reaches in these ways: they decide what is tried, not what is
@@ -26,6 +25,7 @@ _FLOPS_PER_SECOND = {
     ("cuda", torch.float64): 20e12,
 }
 _BYTES_PER_SECOND = {"cpu": 2e9, "cuda": 500e9}
+_BYTES_PER_SORTED_ELEMENT = 150
 _PYTHON_STEP_SECONDS = {"cpu": 8e-6, "cuda": 30e-6}
 
 
@@ -50,8 +50,8 @@ class Cost:
         """Why it is not worth running, or None where it is; patience is in seconds."""
         if self.bytes > MAX_BYTES[device]:
             return f"would hold about {self.bytes / 1e9:.0f} GB"
-        if (seconds := self.seconds(device, dtype)) > patience:
-            return f"would take about {seconds:.0f} s"
+        if self.seconds(device, dtype) > patience:
+            return f"would take more than {patience:g} s a call"
         return None
 
 
@@ -103,6 +103,17 @@ def matrix_einconv(layer: Layer, dtype: torch.dtype) -> Cost:
     far = layer.output_size if layer.transposed else layer.input_size
     flops = 2 * layer.rows * layer.cols * layer.kernel[-1]
     return Cost(flops, layer.matrix_bytes(dtype) * (2 + layer.kernel[-1] / far[-1]))
+
+
+def csr_dense(layer: Layer, dtype: torch.dtype) -> Cost:
+    """The indexed write, then a pass over the matrix that marks what is not zero."""
+    built = matrix_indexed_write(layer, dtype).bytes
+    return Cost(bytes=built + layer.rows * layer.cols + layer.csr_bytes(dtype))
+
+
+def csr_coalesce(layer: Layer, dtype: torch.dtype) -> Cost:
+    """A sort of all elements by int64 keys."""
+    return Cost(bytes=(_BYTES_PER_SORTED_ELEMENT + dtype.itemsize) * layer.stored)
 
 
 def fuse_one_hot(layer: Layer, dtype: torch.dtype) -> Cost:

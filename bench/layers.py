@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ DTYPES = {
 class Layer:
     """One convolution, the size of its input, and the Linear that follows it.
 
-    `dense` is the number of rows F of that Linear's weight ``[F, C_out * prod(out)]``.
+    `dense` is the number of rows F of that Linear's weight ``[F, C_out * prod(out)]``; where the
+    Linear comes first, the number of columns D of its weight ``[C_in * prod(in), D]``. `block` is
+    how many rows of the matrix are made: the first ones, or all of them if it is None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Layer:
     input_size: Sizes
     dense: int
     tier: str = "cpu"
+    block: int | None = None
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Layer:
@@ -61,7 +64,7 @@ class Layer:
             groups=conv.get("groups", 1),
             transposed=conv.get("transposed", False),
             input_size=tuple(row["input"]),
-            dense=row["linear"],
+            dense=row.get("linear", 0),
             tier=row["tier"],
         )
 
@@ -140,7 +143,8 @@ class Layer:
     def fuse_flops(self, valid_only: bool = False) -> int:
         """FLOPs of `fuse_conv_linear`: ``2 F C_in/g C_out prod(kernel) prod(out)``.
 
-        prod(in) takes the place of prod(out) for a transposed convolution.
+        prod(in) takes the place of prod(out) for a transposed convolution. The same for
+        `fuse_linear_conv`, whose D images go the other way.
 
         Args:
             valid_only: Leave out the taps on padding, which need no arithmetic.
@@ -149,8 +153,27 @@ class Layer:
         return 2 * self.dense * self.channel_pairs * taps
 
     def matrix_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the matrix ``[rows, cols]``."""
-        return self.rows * self.cols * dtype.itemsize
+        """Bytes of the matrix, or of its block: ``[rows, cols]``."""
+        return self.made_rows * self.cols * dtype.itemsize
+
+    @property
+    def made_rows(self) -> int:
+        """Rows of the matrix that are made."""
+        return self.rows if self.block is None else self.block
+
+    def in_blocks(self, dtype: torch.dtype, size: float) -> Layer:
+        """The layer with a block of its matrix of about `size` bytes in place of the whole."""
+        rows = round(size / (self.cols * dtype.itemsize))
+        return replace(self, block=max(1, min(rows, self.rows)))
+
+    @property
+    def stored(self) -> int:
+        """Elements of the matrix that are not zero by its geometry."""
+        return self.channel_pairs * self.valid_taps
+
+    def csr_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the matrix in CSR: values, int64 columns, int64 row pointers."""
+        return self.stored * (dtype.itemsize + 8) + 8 * (self.rows + 1)
 
     def conv_tensors(
         self, dtype: torch.dtype, device: str = "cpu", seed: int = 0
@@ -173,6 +196,66 @@ class Layer:
             _normal((self.dense,), 1.0, dtype, generator),
         )
 
+    def front_tensors(
+        self, dtype: torch.dtype, device: str = "cpu", seed: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Weight ``[cols, D]`` and bias ``[cols]`` of a Linear in front of the convolution."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return (
+            _normal((self.cols, self.dense), self.dense, dtype, generator),
+            _normal((self.cols,), 1.0, dtype, generator),
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two convolutions in a row, neither transposed; the second takes what the first puts out."""
+
+    name: str
+    first: Layer
+    second: Layer
+    tier: str = "cpu"
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Pair:
+        """Builds a pair from its row in ``layers.json``."""
+        common = {"name": row["name"], "tier": row["tier"]}
+        first = Layer.from_json({**common, "conv": row["first"], "input": row["input"]})
+        second = {**common, "conv": row["second"], "input": first.output_size}
+        return cls(first=first, second=Layer.from_json(second), **common)
+
+    @property
+    def second_step(self) -> Sizes:
+        """How far apart the second kernel's taps lie in the first one's input, per axis."""
+        return tuple(s * d for s, d in zip(self.first.stride, self.second.dilation, strict=True))
+
+    @property
+    def merged(self) -> Layer:
+        """The one convolution that does the same; needs a second one that does not pad."""
+        first, second = self.first, self.second
+        spans = zip(first.kernel, first.dilation, second.kernel, self.second_step, strict=True)
+        return replace(
+            first,
+            out_channels=second.out_channels,
+            kernel=tuple((k1 - 1) * d1 + (k2 - 1) * s2 + 1 for k1, d1, k2, s2 in spans),
+            dilation=(1,) * first.axes,
+            stride=tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
+            groups=math.gcd(first.groups, second.groups),
+        )
+
+    def flops(self) -> int:
+        """FLOPs of `fuse_conv_conv`: ``2 C_mid C_in/g1 C_out/g2 prod(kernel1) prod(kernel2)``."""
+        first, second = self.first, self.second
+        paths = first.channel_pairs * second.out_channels // second.groups
+        return 2 * paths * math.prod(first.kernel) * math.prod(second.kernel)
+
+    def tensors(
+        self, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the first and of the second, the same for the same seed."""
+        first = self.first.conv_tensors(dtype, device, 2 * seed)
+        return *first, *self.second.conv_tensors(dtype, device, 2 * seed + 1)
+
 
 def _normal(shape: Sizes, fan_in: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Normal values scaled as a trained layer's are, so that half types do not overflow."""
@@ -187,6 +270,11 @@ def _table() -> dict[str, Any]:
 def load_layers() -> dict[str, Layer]:
     """All layers by name, in the order of the file."""
     return {row["name"]: Layer.from_json(row) for row in _table()["layers"]}
+
+
+def load_pairs() -> dict[str, Pair]:
+    """All pairs of convolutions by name, in the order of the file."""
+    return {row["name"]: Pair.from_json(row) for row in _table()["pairs"]}
 
 
 def load_matrices() -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cache
 
@@ -19,9 +19,10 @@ Call = Callable[[], object]
 
 # One sample lasts at least this long, so that neither clock's resolution shows.
 _MIN_SAMPLE_SECONDS = 4e-3
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 40
-# A call longer than this is not disturbed by much, and two rounds of it are long enough.
-_LONG_SECONDS, _LONG_ROUNDS = 1.5, 2
+_MAX_ROUNDS = 40
+# The longer a call, the less it is disturbed, and the fewer rounds are enough: seconds, rounds.
+_LEAST_ROUNDS = ((0.3, 7), (1.5, 3), (float("inf"), 2))
+_BRIEF_ROUNDS = 3
 
 _PAGES_TOUCHED_BYTES = 8_000_000_000
 
@@ -73,20 +74,34 @@ def _seconds_cuda(call: Call, iterations: int) -> float:
     return start.elapsed_time(end) * 1e-3 / iterations
 
 
-def interleaved(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
+def _rounds(sample: float, once: float, share: float, brief: bool) -> int:
+    """How many rounds somebody takes part in, whose samples last that long."""
+    least = next(rounds for limit, rounds in _LEAST_ROUNDS if once < limit)
+    if brief:
+        return min(least, _BRIEF_ROUNDS)
+    return min(max(int(share / sample), least), _MAX_ROUNDS)
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    device: str,
+    seconds: float,
+    brief: Collection[str] = (),
+) -> dict[str, list[float]]:
     """Measures the calls in alternating rounds.
 
     Args:
         calls: What to measure, by name; each has been called once already.
         device: "cpu" (wall clock) or "cuda" (events on the current stream).
         seconds: About how long to measure all of them together. Someone whose share of that
-            is used up sits out the later rounds, after three (two if a call takes seconds).
+            is used up sits out the later rounds, after seven (fewer if a call is long).
+        brief: Those for whom three rounds are enough.
 
     Returns:
         Seconds per call, one per round, by name.
     """
     clock = _seconds_cuda if device == "cuda" else _seconds_cpu
-    share = seconds / len(calls)
+    share = seconds / max(1, len(set(calls) - set(brief)))
     samples: dict[str, list[float]] = {}
     iterations, rounds = {}, {}
     collecting = gc.isenabled()
@@ -95,9 +110,8 @@ def interleaved(calls: Mapping[str, Call], device: str, seconds: float) -> dict[
         for name, call in calls.items():
             once = clock(call, 1)
             iterations[name] = max(1, int(_MIN_SAMPLE_SECONDS / once))
-            wanted = int(share / (once * iterations[name]))
-            least = _LONG_ROUNDS if once > _LONG_SECONDS else _MIN_ROUNDS
-            rounds[name] = min(max(wanted, least), _MAX_ROUNDS)
+            sample = once * iterations[name]
+            rounds[name] = _rounds(sample, once, share, name in brief)
             # a single long call is as good a sample as any later one
             samples[name] = [once] if iterations[name] == 1 else []
         names = list(calls)

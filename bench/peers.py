@@ -22,7 +22,7 @@ from bench.layers import Layer, Sizes
 
 Affine = tuple[Tensor, Tensor]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CONV_INPUT = {
     1: torch.nn.grad.conv1d_input,
@@ -38,12 +38,12 @@ def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
             x, weight, bias, stride=layer.stride, padding=layer.padding, groups=layer.groups,
             dilation=layer.dilation,
         )  # fmt: skip
-    return _CONV[layer.axes](
+    return CONV[layer.axes](
         x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
     )
 
 
-def _offset(layer: Layer, conv_bias: Tensor) -> Tensor:
+def offset(layer: Layer, conv_bias: Tensor) -> Tensor:
     """The convolution's bias, once per output position."""
     return conv_bias.repeat_interleave(math.prod(layer.output_size))
 
@@ -73,7 +73,7 @@ def fuse_adjoint(layer: Layer, cw: Tensor, cb: Tensor, lw: Tensor, lb: Tensor) -
     """
     images = _images(layer, lw)
     if layer.transposed:
-        back = _CONV[layer.axes](
+        back = CONV[layer.axes](
             images, cw, None, layer.stride, layer.padding, layer.dilation, layer.groups
         )
     else:
@@ -99,7 +99,7 @@ def fuse_one_hot(layer: Layer, cw: Tensor, cb: Tensor, lw: Tensor, lb: Tensor) -
     """Feeds both layers every image that has a single pixel on; each answer is a column."""
     pixels = _eye_images(layer.cols, (layer.in_channels, *layer.input_size), cw)
     columns = F.linear(conv(layer, pixels, cw).flatten(1), lw)
-    return columns.T.contiguous(), F.linear(_offset(layer, cb), lw, lb)
+    return columns.T.contiguous(), F.linear(offset(layer, cb), lw, lb)
 
 
 def fuse_jacrev(layer: Layer, cw: Tensor, cb: Tensor, lw: Tensor, lb: Tensor) -> Affine:
@@ -148,7 +148,7 @@ def matrix_adjoint(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
 def matrix_one_hot(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
     """Convolves every image that has a single pixel on; each answer is a column."""
     pixels = _eye_images(layer.cols, (layer.in_channels, *layer.input_size), cw)
-    return conv(layer, pixels, cw).flatten(1).T.contiguous(), _offset(layer, cb)
+    return conv(layer, pixels, cw).flatten(1).T.contiguous(), offset(layer, cb)
 
 
 def matrix_jacrev(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
@@ -175,11 +175,16 @@ def matrix_gist_loops(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
                 row = _flat((c_out, *out_at), shape_out)
                 col = _flat((c_in, *in_at), shape_in)
                 matrix[row, col] = cw[(a, c, *tap)]
-    return matrix, _offset(layer, cb)
+    return matrix, offset(layer, cb)
 
 
-def matrix_indexed_write(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
-    """Zeros, then all taps at once by one write through index tensors."""
+def tap_indices(layer: Layer, cw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of every tap, and its position in the kernel.
+
+    Returns:
+        row and col, int64, which broadcast to ``[all_channels, group_channels, taps]``, the first
+        two being those of the weight; and tap_at, ``[taps]``.
+    """
     out_at = tap_at = in_at = torch.zeros(1, dtype=torch.int64)
     for axis in range(layer.axes):
         o, k, i = torch.tensor(layer.taps(axis)).T
@@ -195,10 +200,15 @@ def matrix_indexed_write(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
     c_out, c_in = (b, a) if layer.transposed else (a, b)
     row = c_out[:, :, None] * math.prod(layer.output_size) + out_at
     col = c_in[:, :, None] * math.prod(layer.input_size) + in_at
+    return row, col, tap_at
 
+
+def matrix_indexed_write(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
+    """Zeros, then all taps at once by one write through index tensors."""
+    row, col, tap_at = tap_indices(layer, cw)
     matrix = cw.new_zeros(layer.rows, layer.cols)
     matrix[row, col] = cw.flatten(2)[:, :, tap_at]  # [all_channels, group_channels, taps]
-    return matrix, _offset(layer, cb)
+    return matrix, offset(layer, cb)
 
 
 def matrix_einconv(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
@@ -223,7 +233,7 @@ def matrix_einconv(layer: Layer, cw: Tensor, cb: Tensor) -> Affine:
         torch.eye(layer.groups, dtype=cw.dtype, device=cw.device),
         *patterns,
     )
-    return matrix.reshape(layer.rows, layer.cols).contiguous(), _offset(layer, cb)
+    return matrix.reshape(layer.rows, layer.cols).contiguous(), offset(layer, cb)
 
 
 def _flat(index: Sizes, shape: Sizes) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases import FUSE, MATRIX
+from bench.ops import OPS
 
 Row = dict[str, Any]
 
@@ -17,7 +17,7 @@ _COLOURS = {
     "bfloat16": "#5fae9b",
     "float16": "#9c7fc0",
 }
-_INK, _FAINT = "#222222", "#d9d9d9"
+INK, FAINT = "#222222", "#d9d9d9"
 _BAR_INCHES = 0.155
 
 
@@ -28,7 +28,7 @@ def speedups(doc: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {op: [row for row in doc[op] if "ratio" in row] for op in (FUSE, MATRIX)}
+    panels = {op: [row for row in doc.get(op, []) if "ratio" in row] for op in OPS}
     panels = {op: rows for op, rows in panels.items() if rows}
     if not panels:
         return
@@ -41,7 +41,7 @@ def speedups(doc: Mapping[str, Any], path: Path) -> None:
         _panel(axis, op, rows)
     figure.suptitle(
         f"Speed-up over the best other way\n{doc['device']}, torch {doc['torch']}",
-        fontsize=11, color=_INK,
+        fontsize=11, color=INK,
     )  # fmt: skip
     figure.savefig(path, dpi=160, facecolor="white")
     pyplot.close(figure)
@@ -76,7 +76,7 @@ def _panel(axis: Any, op: str, rows: list[Row]) -> None:
             axis.annotate(
                 f"{ratio:.3g}x", (ratio, at), xytext=(-3 if slower else 3, 0),
                 textcoords="offset points", ha="right" if slower else "left", va="center",
-                fontsize=6.5, color="#b3261e" if slower else _INK,
+                fontsize=6.5, color="#b3261e" if slower else INK,
             )  # fmt: skip
             at += 1
         at += 0.7
@@ -85,18 +85,18 @@ def _panel(axis: Any, op: str, rows: list[Row]) -> None:
     # room for the numbers beside the bars
     axis.set_xlim(min(0.8, low * 0.75), max(high * 1.35, 2))
     axis.set_ylim(at - 0.2, -1.0)
-    axis.axvline(1, color=_INK, linewidth=0.9)
+    axis.axvline(1, color=INK, linewidth=0.9)
     axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(list(ticks.values()), list(ticks), fontsize=8)
-    axis.tick_params(axis="x", labelsize=7.5, colors=_INK)
-    axis.tick_params(axis="y", length=0, colors=_INK)
-    axis.grid(axis="x", color=_FAINT, linewidth=0.6)
+    axis.tick_params(axis="x", labelsize=7.5, colors=INK)
+    axis.tick_params(axis="y", length=0, colors=INK)
+    axis.grid(axis="x", color=FAINT, linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    axis.set_title(op, loc="left", fontsize=10, color=_INK)
+    axis.set_title(op, loc="left", fontsize=10, color=INK)
     dtypes = dict.fromkeys(row["dtype"] for row in rows)
     axis.legend(
         handles=[Patch(color=_COLOURS[dtype], label=dtype) for dtype in dtypes],

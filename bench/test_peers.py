@@ -7,8 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from bench.cases import FUSE, MATRIX, PEERS, Case
-from bench.layers import Layer, load_layers
+from bench.cases import Case
+from bench.layers import Layer, Pair, load_layers, load_pairs
+from bench.ops import CONV_CONV, CSR, FUSE, LINEAR_CONV, MATRIX, OPS
 from bench.peers import conv
 
 
@@ -33,23 +34,63 @@ LAYERS = [
     _layer("transposed", (3, 4), (4, 3), transposed=True, stride=(2, 1), padding=(1, 0)),
     _layer("transposed_grouped", (3, 4), (3, 2), transposed=True, groups=2, dilation=(1, 2)),
 ]
-PAIRS = [(op, name) for op in (FUSE, MATRIX) for name in PEERS[op]]
+ON_LAYERS = (FUSE, MATRIX, CSR, LINEAR_CONV)
+WAYS = [(op, name) for op in ON_LAYERS for name in ("ours", *OPS[op].peers)]
 
 
-@pytest.mark.parametrize(("op", "name"), PAIRS, ids=[f"{op}-{name}" for op, name in PAIRS])
+def _shape(op: str, layer: Layer) -> tuple[int, int]:
+    if op == FUSE:
+        return layer.dense, layer.cols
+    return layer.rows, layer.dense if op == LINEAR_CONV else layer.cols
+
+
+@pytest.mark.parametrize(("op", "name"), WAYS, ids=[f"{op}-{name}" for op, name in WAYS])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_peer_is_exact(layer: Layer, op: str, name: str) -> None:
-    peer, case = PEERS[op][name], Case(op, layer, "float64")
-    if layer.transposed and not peer.transposed:
+    peer, case = OPS[op].peers.get(name), Case(op, layer, "float64")
+    if peer and layer.transposed and not peer.transposed:
         pytest.skip("not made for a transposed convolution")
-    if peer.package and importlib.util.find_spec(peer.package) is None:
+    if peer and peer.package and importlib.util.find_spec(peer.package) is None:
         pytest.skip(f"{peer.package} is not installed")
     inputs = case.inputs()
     weight, bias = case.call(name, inputs)()
-    features = layer.dense if op == FUSE else layer.rows
-    assert weight.shape == (features, layer.cols) and bias.shape == (features,)
-    assert weight.is_contiguous() and weight.dtype == torch.float64
+    assert weight.shape == _shape(op, layer) and bias.shape == weight.shape[:1]
+    assert weight.layout == (torch.sparse_csr if op == CSR else torch.strided)
+    assert op == CSR or weight.is_contiguous()
+    assert weight.dtype == torch.float64
     case.check((weight, bias), inputs)
+
+
+@pytest.mark.parametrize("name", ["ours", *OPS[CONV_CONV].peers])
+@pytest.mark.parametrize("pair", load_pairs().values(), ids=lambda pair: pair.name)
+def test_peer_of_pairs_is_exact(pair: Pair, name: str) -> None:
+    case = Case(CONV_CONV, pair, "float64")
+    inputs = case.inputs()
+    weight, bias = case.call(name, inputs)()
+    assert weight.shape == pair.merged.weight_shape and weight.is_contiguous()
+    case.check((weight, bias), inputs)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_a_block_is_the_first_rows(layer: Layer) -> None:
+    block = layer.in_blocks(torch.float64, layer.matrix_bytes(torch.float64) / 3)
+    assert 0 < block.made_rows < layer.rows
+    case, whole = Case(MATRIX, block, "float64"), Case(MATRIX, layer, "float64")
+    result = case.call("ours", case.inputs())()
+    assert torch.equal(result[0], whole.call("ours", case.inputs())()[0][: block.made_rows])
+    assert case.call("zeros", case.inputs())().shape == result[0].shape
+    case.check(result, case.inputs())
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_the_floor_of_csr_is_its_memory(layer: Layer) -> None:
+    case = Case(CSR, layer, "float64")
+    matrix, _ = case.call("ours", case.inputs())()
+    made = (matrix.values(), matrix.col_indices(), matrix.crow_indices())
+    floor = case.call("zeros", case.inputs())()
+    assert [t.shape for t in made] == [t.shape for t in floor]
+    assert [t.dtype for t in made] == [t.dtype for t in floor]
+    assert sum(t.nbytes for t in made) == layer.csr_bytes(torch.float64)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, *load_layers().values()], ids=lambda layer: layer.name)
@@ -63,5 +104,5 @@ def test_sizes_are_those_of_torch(layer: Layer) -> None:
 def test_valid_taps_are_the_elements_of_the_matrix(layer: Layer) -> None:
     case = Case(MATRIX, layer, "float64")
     matrix, _ = case.call("adjoint", case.inputs())()
-    assert matrix.count_nonzero() == layer.channel_pairs * layer.valid_taps
+    assert matrix.count_nonzero() == layer.channel_pairs * layer.valid_taps == layer.stored
     assert layer.valid_taps <= layer.nominal_taps
