@@ -13,6 +13,7 @@ from cases import BY_NAME, CASES, FEW, Case
 from tolerance import DTYPES, assert_close
 
 from linfuse_ext import _C, functional, reference
+from linfuse_ext.geometry import make_geometry
 from linfuse_ext.registrations import fuse_conv_linear_by_torch
 
 FEATURES = 4
@@ -106,6 +107,54 @@ def test_any_number_of_channels(channels: int) -> None:
         for dtype in (torch.float32, torch.float64):
             tensors = operands(case, dtype, features)
             assert_equals_the_reference(case, tensors, *call(case, *tensors))
+
+
+# What makes the CPU cut the work in each of its ways, and (F, weight size, input size, the rest).
+CUTS = {
+    "few channels in": (40, (16, 3, 3, 3), (9, 8), {"padding": (0, 1, 2, 0), "stride": 2}),
+    "one channel in, taps off the image": (33, (17, 1, 2, 3), (7, 5), {"padding": 4}),
+    "few channels in, many out": (20, (130, 2, 5), (23,), {"stride": 3, "dilation": 2}),
+    "few channels in, groups": (7, (48, 2, 2, 2, 2), (4, 3, 5), {"groups": 3, "stride": 2}),
+    "few channels in, taps that meet": (9, (16, 4, 3, 3), (5, 6), {"padding_mode": "reflect"}),
+    "few channels in, several slabs": (70, (16, 4, 3, 3), (96, 90), {"padding": 1}),
+    "jobs of one thread": (40, (64, 1, 3, 3), (30, 31), {"groups": 64, "padding": 1}),
+    "jobs of one thread, slabs, lines unread": (32, (8, 8, 3), (20000,), {"padding": 40}),
+    "jobs of one thread, slabs that wrap": (
+        32, (8, 8, 5), (20000,), {"padding": 7, "padding_mode": "circular"},
+    ),
+    "shared slabs": (3, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
+    "shared slabs, transposed": (5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2}),
+    "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
+    """Against torch's convolution in float64; layers too large for the matrix of the reference."""
+    features, weight_size, input_size, rest = CUTS[cut]
+    rest = {"padding": 1, **rest} if rest.get("padding_mode") else rest
+    geometry = make_geometry("test", weight_size, input_size, **rest)
+    generator = torch.Generator().manual_seed(3)
+    tensors = [
+        torch.randn(size, generator=generator, dtype=dtype)
+        for size in (weight_size, [geometry.out_channels], [features, geometry.rows], [features])
+    ]
+    weight, bias = functional.fuse_conv_linear(*tensors, input_size, **rest)
+    arguments, keywords = geometry.op_arguments, geometry.op_keywords
+    wide = [value.double() for value in tensors]
+    exact = fuse_conv_linear_by_torch(*wide, *arguments, **keywords)
+    magnitude = fuse_conv_linear_by_torch(*(v.abs() for v in wide), *arguments, **keywords)
+    terms = geometry.out_channels * tensors[0][0, 0].numel() * 4
+    assert_close(weight, exact[0], magnitude[0], terms)
+    assert_close(bias, exact[1], magnitude[1], geometry.rows + 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again = functional.fuse_conv_linear(*tensors, input_size, **rest)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
 
 
 @pytest.mark.parametrize("which", ["neither", "conv", "linear", "both"])

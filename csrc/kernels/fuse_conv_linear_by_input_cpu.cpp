@@ -13,7 +13,6 @@
 // Every element of the result is computed whole by one thread, in a fixed order: the bits do not
 // depend on the number of threads.
 #include "fuse_conv_linear_by_input.h"
-
 #include "fuse_conv_linear_plan.h"
 
 namespace linfuse {

@@ -9,12 +9,12 @@
 //   job      a panel of rows f, a slab of input positions and a group
 //   chunk    neighbouring output positions and channels, packed as [o][c_out][f]
 //
-// A thread does a whole job: for every chunk that the slab reads, pack it, and for every o and block
-// compute the tile and add it to [c_in][i][f], which stays in its cache and is turned into rows at
-// the end. The result's bits do not depend on the number of threads, as the jobs do not.
-#include "fuse_conv_linear_by_output.h"
-
+// A thread does a whole job: for every chunk that the slab reads, pack it, and for every o and
+// block compute the tile and add it to [c_in][i][f], which stays in its cache and is turned into
+// rows at the end. The result's bits do not depend on the number of threads, as the jobs do not.
 #include <cstring>
+
+#include "fuse_conv_linear_by_output.h"
 
 namespace linfuse {
 namespace {
@@ -82,7 +82,8 @@ class ByOutput {
     const int64_t line = g_.in_positions() / g_.axis[plan_.slabs.axis].in;
     const int64_t result_bytes =
         aligned(plan_.slabs.length * line * plan_.in_channels * width * kSize);
-    const int64_t chunk_bytes = aligned(plan_.chunk_positions * plan_.chunk_channels * width * kSize);
+    const int64_t chunk_bytes =
+        aligned(plan_.chunk_positions * plan_.chunk_channels * width * kSize);
     const int64_t own_bytes =
         result_bytes + chunk_bytes + aligned(plan_.most_in_block() * width * kSize);
     const int64_t weight_bytes = aligned(plan_.taps * plan_.out_channels * g_.groups * kSize);
@@ -105,9 +106,8 @@ class ByOutput {
 
   void run() {
     pack_weight();
-    const int64_t cost =
-        plan_.taps * plan_.out_channels * g_.out_positions() * plan_.panels.most_width() /
-        plan_.slabs.count;
+    const int64_t cost = plan_.taps * plan_.out_channels * g_.out_positions() *
+                         plan_.panels.most_width() / plan_.slabs.count;
     work_.share(jobs(), cost, threads_, [&](int64_t thread, int64_t number) {
       do_job(workers_[static_cast<size_t>(thread)], number);
     });
@@ -145,8 +145,8 @@ class ByOutput {
         for (int64_t c = 0; c < plan_.out_channels; ++c) {
           for (int64_t n = plan_.block_start(block); n < plan_.block_start(block + 1); ++n) {
             const int64_t c_out = group * plan_.out_channels + c;
-            *packed++ = static_cast<A>(weight[g_.weight_index(c_out, n % plan_.in_channels) +
-                                              n / plan_.in_channels]);
+            *packed++ = static_cast<A>(
+                weight[g_.weight_index(c_out, n % plan_.in_channels) + n / plan_.in_channels]);
           }
         }
       }
@@ -162,8 +162,7 @@ class ByOutput {
     const int64_t count = positions.last - positions.first;
     std::memset(static_cast<void*>(worker.result), 0,
                 static_cast<size_t>(plan_.in_channels * count * rows.width) * sizeof(A));
-    double* sums =
-        sums_.empty() ? nullptr : sums_.data() + number * plan_.panels.most_width();
+    double* sums = sums_.empty() ? nullptr : sums_.data() + number * plan_.panels.most_width();
     for (const Run& run : worker.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
@@ -214,8 +213,8 @@ class ByOutput {
     for (int64_t i : worker.in_of_kernel) {
       const bool inside = i >= positions.first && i < positions.last;
       for (int64_t c = 0; c < plan_.in_channels; ++c) {
-        *target++ = inside ? worker.result + (c * count + i - positions.first) * rows.width
-                           : nullptr;
+        *target++ =
+            inside ? worker.result + (c * count + i - positions.first) * rows.width : nullptr;
       }
     }
     constexpr int64_t kZero = 0;

@@ -85,8 +85,7 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.blocks_per_group = divide_up(plan.in_channels, tiles.most_channels);
   const int64_t block_bytes =
       plan.kernel_positions * plan.out_channels * plan.most_in_block() * kSize;
-  plan.batch =
-      std::clamp<int64_t>(Plan::kMostWeightBytes / block_bytes, 1, plan.blocks());
+  plan.batch = std::clamp<int64_t>(Plan::kMostWeightBytes / block_bytes, 1, plan.blocks());
 
   // As many vectors as leave a register for each sum of the largest block, but no panel too large.
   int64_t most_vectors =

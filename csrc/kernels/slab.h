@@ -17,7 +17,7 @@ namespace linfuse {
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct Slabs {
-  int axis;  // the first one with more than one input position
+  int axis;        // the first one with more than one input position
   int64_t outer;   // output positions on the axes outside it
   int64_t inner;   // output positions on the axes inside it
   int64_t length;  // input positions of a slab on the axis

@@ -16,11 +16,11 @@ namespace linfuse {
 
 template <typename T>
 struct PackTask {
-  const T* from;   // row 0
-  int64_t stride;  // from one row to the next
-  int64_t rows;    // that exist; the rest of the vectors is filled with zeros
-  int64_t count;   // n
-  int vectors;     // of f
+  const T* from;         // row 0
+  int64_t stride;        // from one row to the next
+  int64_t rows;          // that exist; the rest of the vectors is filled with zeros
+  int64_t count;         // n
+  int vectors;           // of f
   const int64_t* place;  // null where only the sums are wanted
   Accumulate<T>* to;
   // Where wanted, sums[f] += sum over n >= sums_from of scale[n] * from[f * stride + n]: in

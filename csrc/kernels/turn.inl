@@ -11,15 +11,14 @@ struct Block {
 
   // Swaps the two off-diagonal quarters of every square of 2 kSize lines and lanes.
   template <int kSize, int... kLane>
-  inline __attribute__((always_inline)) void swap_quarters(
-      std::integer_sequence<int, kLane...>) {
+  inline __attribute__((always_inline)) void swap_quarters(std::integer_sequence<int, kLane...>) {
 #pragma GCC unroll 16
     for (int n = 0; n < kLanes; ++n) {
       if ((n & kSize) != 0) continue;
       const Vector upper = line[n];
       const Vector lower = line[n + kSize];
-      line[n] = __builtin_shufflevector(
-          upper, lower, ((kLane & kSize) != 0 ? kLanes + kLane - kSize : kLane)...);
+      line[n] = __builtin_shufflevector(upper, lower,
+                                        ((kLane & kSize) != 0 ? kLanes + kLane - kSize : kLane)...);
       line[n + kSize] = __builtin_shufflevector(
           upper, lower, ((kLane & kSize) != 0 ? kLanes + kLane : kLane + kSize)...);
     }
