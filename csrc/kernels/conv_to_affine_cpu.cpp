@@ -1,12 +1,12 @@
 // matrix[row, col] = sum over the taps k that tie (o, i) of weight[c_out, c_in, k]
 //
 // A thread owns a run of whole rows, and goes through its memory once, in order: it clears as much
-// as stays in its first-level cache, writes the taps of the planes [prod(in)] in there, and goes
-// on. All index arithmetic comes from three small tables (stored_taps.h), one per axis, of the
-// positions that the rows have. In every input channel of a row the taps lie at the same positions,
-// so that the innermost loop (row_taps.h) copies one run of kernel elements from plane to plane.
+// as stays in its first-level cache, unless the system has just done so (memory.h), writes the taps
+// of the planes [prod(in)] in there, and goes on. All index arithmetic comes from three small
+// tables (stored_taps.h), one per axis, of the positions that the rows have. In every input channel
+// of a row the taps lie at the same positions, so that the innermost loop (row_taps.h) copies one
+// run of kernel elements from plane to plane.
 #include <algorithm>
-#include <cstring>
 
 #include "conv_to_affine.h"
 #include "memory.h"
@@ -15,31 +15,10 @@
 namespace linfuse {
 namespace {
 
-// Little enough that the taps are written while the cleared lines are on their way to memory.
-template <typename T>
-constexpr int64_t kPiece = (int64_t{1} << 13) / static_cast<int64_t>(sizeof(T));
-
-// Clears memory piece by piece, ahead of a writer who goes through it in ascending order.
-template <typename T>
-class ClearedAhead {
- public:
-  ClearedAhead(T* first, T* last) : next_(first), last_(last) {}
-
-  // At least as far as this.
-  void until(T* to) {
-    if (to <= next_) return;
-    T* const stop = std::min(last_, std::max(to, next_ + std::min(kPiece<T>, last_ - next_)));
-    std::memset(static_cast<void*>(next_), 0, static_cast<size_t>(stop - next_) * sizeof(T));
-    next_ = stop;
-  }
-
- private:
-  T* next_;
-  T* last_;
-};
-
 template <typename T>
 class RowWriter {
+  static constexpr int64_t kPiece = ClearedAhead::kPieceBytes / static_cast<int64_t>(sizeof(T));
+
  public:
   RowWriter(const ConvToAffineParams& params, const RowTaps& taps)
       : g_(params.geometry),
@@ -48,20 +27,20 @@ class RowWriter {
         cols_(g_.cols()),
         in_positions_(g_.in_positions()),
         in_channels_(g_.in_channels_per_group()),
-        planes_at_once_(std::max<int64_t>(1, kPiece<T> / in_positions_)),
+        planes_at_once_(std::max<int64_t>(1, kPiece / in_positions_)),
         weight_step_(g_.weight_index(0, 1) - g_.weight_index(0, 0)) {}
 
   // Rows [begin, end) of the matrix, the first of which lies at `to`.
   void write(int64_t begin, int64_t end, T* to) {
-    ClearedAhead<T> cleared(to, to + (end - begin) * cols_);
+    ClearedAhead cleared(to, to + (end - begin) * cols_);
     const int64_t out_positions = g_.out_positions();
-    int64_t c_out = begin / out_positions;
     Position o = out_position(g_, begin % out_positions);
-    for (int64_t row = begin; row < end; ++c_out, o = Position{}) {
-      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
+    int64_t row = begin;
+    for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
       const T* kernel = weight_ + g_.weight_index(c_out, 0);
       const int64_t first_col = g_.group_of_out_channel(c_out) * in_channels_ * in_positions_;
-      for (; row < stop; ++row, step(o), to += cols_) {
+      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
+      for (; row < stop; ++row, advance(g_, o), to += cols_) {
         list_runs(taps_, o.at[2], runs_);
         write_planes(kernel, o, to + first_col, cleared);
         cleared.until(to + cols_);
@@ -70,15 +49,7 @@ class RowWriter {
   }
 
  private:
-  void step(Position& o) const {
-    if (++o.at[2] < g_.axis[2].out) return;
-    o.at[2] = 0;
-    if (++o.at[1] < g_.axis[1].out) return;
-    o.at[1] = 0;
-    ++o.at[0];
-  }
-
-  void write_planes(const T* kernel, const Position& o, T* plane, ClearedAhead<T>& cleared) const {
+  void write_planes(const T* kernel, const Position& o, T* plane, ClearedAhead& cleared) const {
     for (int64_t left = in_channels_; left > 0; left -= planes_at_once_) {
       const int64_t planes = std::min(planes_at_once_, left);
       cleared.until(plane + planes * in_positions_);

@@ -28,6 +28,14 @@ LINFUSE_HD T sum_of_taps(const Geometry& g, const RowTaps& taps, const T* kernel
   return static_cast<T>(total);
 }
 
+// The output position of the next row; after the last comes the first again.
+inline void advance(const Geometry& g, Position& o) {
+  for (int a = kAxes - 1; a >= 0; --a) {
+    if (++o.at[a] < g.axis[a].out) return;
+    o.at[a] = 0;
+  }
+}
+
 // Neighbours on the innermost axis that read neighbouring kernel elements, so that they can be
 // copied together; or one element that several taps meet in.
 struct TapRun {
