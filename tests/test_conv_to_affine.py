@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from cases import BY_NAME, CASES, FEW, Case
@@ -100,6 +102,26 @@ def test_bits_do_not_depend_on_the_threads(case: Case) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["20MB", "41MB"])
+def test_large_results_hold_nothing_of_the_memory_before(groups: int) -> None:
+    """Large results count on fresh pages, which memory that an allocator kept does not have."""
+    weight = torch.randn(8, 4, 3, 3)
+    rows, cols = 8 * 20 * 20, 4 * groups * 20 * 20
+    build = partial(functional.conv_to_affine, weight, None, (20, 20), 1, 1, 1, groups)
+    # blocks too small to be treated so
+    expected = torch.cat([build(rows=(row, row + 100))[0] for row in range(0, rows, 100)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            for kept in (rows, rows // 2):  # all of the memory was in use, or half of it
+                used = torch.full((kept, cols), torch.nan)
+                del used
+                assert torch.equal(build()[0], expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_block_of_rows_costs_what_it_holds() -> None:

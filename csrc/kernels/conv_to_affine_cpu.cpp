@@ -1,11 +1,12 @@
 // matrix[row, col] = sum over the taps k that tie (o, i) of weight[c_out, c_in, k]
 //
-// A thread owns whole rows. It clears one plane [prod(in)] of a row, writes that plane's taps while
-// the lines are still in its first-level cache, and goes on: memory sees each element once, in
-// order. All index arithmetic comes from three small tables (stored_taps.h), one per axis, of the
-// positions that the rows have; the innermost loop (row_taps.h) copies kernel elements to ascending
-// positions.
-#include <cstring>
+// A thread owns a run of whole rows, and goes through its memory once, in order: it clears as much
+// as stays in its first-level cache, unless the system has just done so (memory.h), writes the taps
+// of the planes [prod(in)] in there, and goes on. All index arithmetic comes from three small
+// tables (stored_taps.h), one per axis, of the positions that the rows have. In every input channel
+// of a row the taps lie at the same positions, so that the innermost loop (row_taps.h) copies one
+// run of kernel elements from plane to plane.
+#include <algorithm>
 
 #include "conv_to_affine.h"
 #include "memory.h"
@@ -15,26 +16,70 @@ namespace linfuse {
 namespace {
 
 template <typename T>
-void write_row(const Geometry& g, const RowTaps& taps, const T* weight, int64_t row_index, T* row) {
-  const auto clear = [](T* from, int64_t count) {
-    std::memset(static_cast<void*>(from), 0, static_cast<size_t>(count) * sizeof(T));
-  };
-  const int64_t in_positions = g.in_positions();
-  const int64_t in_channels = g.in_channels_per_group();
-  const int64_t c_out = row_index / g.out_positions();
-  const Position o = out_position(g, row_index % g.out_positions());
-  const int64_t before = g.group_of_out_channel(c_out) * in_channels;
-  const int64_t after = g.in_channels - before - in_channels;
+class RowWriter {
+  static constexpr int64_t kPiece = ClearedAhead::kPieceBytes / static_cast<int64_t>(sizeof(T));
 
-  T* plane = row + before * in_positions;
-  clear(row, before * in_positions);
-  for (int64_t c_in = 0; c_in < in_channels; ++c_in, plane += in_positions) {
-    clear(plane, in_positions);
-    visit_plane(g, taps, weight + g.weight_index(c_out, c_in), o,
-                [plane](int64_t position, T value) { plane[position] = value; });
+ public:
+  RowWriter(const ConvToAffineParams& params, const RowTaps& taps)
+      : g_(params.geometry),
+        taps_(taps),
+        weight_(static_cast<const T*>(params.weight)),
+        cols_(g_.cols()),
+        in_positions_(g_.in_positions()),
+        in_channels_(g_.in_channels_per_group()),
+        planes_at_once_(std::max<int64_t>(1, kPiece / in_positions_)),
+        weight_step_(g_.weight_index(0, 1) - g_.weight_index(0, 0)) {}
+
+  // Rows [begin, end) of the matrix, the first of which lies at `to`.
+  void write(int64_t begin, int64_t end, T* to) {
+    ClearedAhead cleared(to, to + (end - begin) * cols_);
+    const int64_t out_positions = g_.out_positions();
+    Position o = out_position(g_, begin % out_positions);
+    int64_t row = begin;
+    for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
+      const T* kernel = weight_ + g_.weight_index(c_out, 0);
+      const int64_t first_col = g_.group_of_out_channel(c_out) * in_channels_ * in_positions_;
+      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
+      for (; row < stop; ++row, advance(g_, o), to += cols_) {
+        list_runs(taps_, o.at[2], runs_);
+        write_planes(kernel, o, to + first_col, cleared);
+        cleared.until(to + cols_);
+      }
+    }
   }
-  clear(plane, after * in_positions);
-}
+
+ private:
+  void write_planes(const T* kernel, const Position& o, T* plane, ClearedAhead& cleared) const {
+    for (int64_t left = in_channels_; left > 0; left -= planes_at_once_) {
+      const int64_t planes = std::min(planes_at_once_, left);
+      cleared.until(plane + planes * in_positions_);
+      visit_runs(
+          g_, taps_, runs_, o,
+          [&](int64_t position, int64_t k, int64_t length) {
+            copy_stepped(plane + position, in_positions_, kernel + k, weight_step_, planes, length);
+          },
+          [&](int64_t position, const TapGroup& group0, const TapGroup& group1,
+              const TapGroup& group2) {
+            for (int64_t n = 0; n < planes; ++n) {
+              plane[n * in_positions_ + position] =
+                  sum_of_taps(g_, taps_, kernel + n * weight_step_, group0, group1, group2);
+            }
+          });
+      plane += planes * in_positions_;
+      kernel += planes * weight_step_;
+    }
+  }
+
+  const Geometry& g_;
+  const RowTaps& taps_;
+  const T* weight_;
+  const int64_t cols_;
+  const int64_t in_positions_;
+  const int64_t in_channels_;
+  const int64_t planes_at_once_;
+  const int64_t weight_step_;  // from one input channel to the next
+  std::vector<TapRun> runs_;   // of the row at hand
+};
 
 template <typename T>
 void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
@@ -43,7 +88,6 @@ void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
   if (rows <= 0) return;
   const RowTables tables(g, params.row_start, params.row_stop);
   const RowTaps taps = tables.view();
-  const T* weight = static_cast<const T*>(params.weight);
   const T* bias = static_cast<const T*>(params.bias);
   T* matrix = static_cast<T*>(params.matrix);
   T* offset = static_cast<T*>(params.offset);
@@ -51,10 +95,12 @@ void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
   const int64_t out_positions = g.out_positions();
 
   advise_huge_pages(matrix, rows * cols * static_cast<int64_t>(sizeof(T)));
-  for_each(parallel_for, rows, cols, [&](int64_t n) {
-    const int64_t row = params.row_start + n;
-    write_row(g, taps, weight, row, matrix + n * cols);
-    offset[n] = bias != nullptr ? bias[row / out_positions] : T(0.0f);
+  parallel_for(rows, grain_for(cols), [&](int64_t begin, int64_t end) {
+    RowWriter<T>(params, taps)
+        .write(params.row_start + begin, params.row_start + end, matrix + begin * cols);
+    for (int64_t n = begin; n < end; ++n) {
+      offset[n] = bias != nullptr ? bias[(params.row_start + n) / out_positions] : T(0.0f);
+    }
   });
 }
 

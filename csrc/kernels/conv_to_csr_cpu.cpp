@@ -2,8 +2,12 @@
 // column
 //
 // A thread owns whole rows. Where a row starts is known in closed form (stored_taps.h), so that
-// rows need nothing of each other: one pass, everything is written once, in order. Row number
-// `rows` stands for the end: it has a pointer and no elements.
+// rows need nothing of each other: one pass, everything is written once. Within a row, each run of
+// kernel elements (row_taps.h) is written for all input channels, in which it lies at the same
+// place.
+#include <algorithm>
+#include <vector>
+
 #include "conv_to_csr.h"
 #include "memory.h"
 #include "row_taps.h"
@@ -12,38 +16,99 @@ namespace linfuse {
 namespace {
 
 template <typename T, typename Index>
-void write_row(const Geometry& g, const RowTaps& taps, const T* weight, int64_t row, T* values,
-               Index* columns) {
-  const int64_t in_channels = g.in_channels_per_group();
-  const int64_t c_out = row / g.out_positions();
-  const Position o = out_position(g, row % g.out_positions());
-  int64_t first_col = g.group_of_out_channel(c_out) * in_channels * g.in_positions();
-  for (int64_t c_in = 0; c_in < in_channels; ++c_in, first_col += g.in_positions()) {
-    visit_plane(g, taps, weight + g.weight_index(c_out, c_in), o, [&](int64_t position, T value) {
-      *values++ = value;
-      *columns++ = static_cast<Index>(first_col + position);
-    });
+class RowWriter {
+ public:
+  explicit RowWriter(const ConvToCsrParams& params)
+      : g_(params.geometry),
+        taps_(params.taps),
+        weight_(static_cast<const T*>(params.weight)),
+        in_positions_(g_.in_positions()),
+        in_channels_(g_.in_channels_per_group()),
+        weight_step_(g_.weight_index(0, 1) - g_.weight_index(0, 0)) {}
+
+  // Rows [begin, end) of the matrix, the first of which starts with element `at` of the output.
+  void write(int64_t begin, int64_t end, int64_t at, T* values, Index* columns,
+             Index* row_pointers) {
+    const int64_t out_positions = g_.out_positions();
+    Position o = out_position(g_, begin % out_positions);
+    int64_t row = begin;
+    for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
+      const T* kernel = weight_ + g_.weight_index(c_out, 0);
+      const int64_t first_col = g_.group_of_out_channel(c_out) * in_channels_ * in_positions_;
+      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
+      for (; row < stop; ++row, advance(g_, o)) {
+        const int64_t per_channel = taps_.stored.per_channel(o);
+        *row_pointers++ = static_cast<Index>(at);
+        list_runs(taps_, o.at[2], runs_);
+        write_row(kernel, first_col, o, per_channel, values + at, columns + at);
+        repeat_columns(per_channel, columns + at);
+        at += per_channel * in_channels_;
+      }
+    }
   }
-}
+
+ private:
+  // All values of a row, and the columns of its first input channel.
+  void write_row(const T* kernel, int64_t first_col, const Position& o, int64_t per_channel,
+                 T* values, Index* columns) const {
+    visit_runs(
+        g_, taps_, runs_, o,
+        [&](int64_t position, int64_t k, int64_t length) {
+          copy_stepped(values, per_channel, kernel + k, weight_step_, in_channels_, length);
+          values += length;
+          for (int64_t n = 0; n < length; ++n) {
+            *columns++ = static_cast<Index>(first_col + position + n);
+          }
+        },
+        [&](int64_t position, const TapGroup& group0, const TapGroup& group1,
+            const TapGroup& group2) {
+          for (int64_t c_in = 0; c_in < in_channels_; ++c_in) {
+            values[c_in * per_channel] =
+                sum_of_taps(g_, taps_, kernel + c_in * weight_step_, group0, group1, group2);
+          }
+          ++values;
+          *columns++ = static_cast<Index>(first_col + position);
+        });
+  }
+
+  // The columns of the other input channels: those of the first, shifted by whole planes. Twice as
+  // many channels each time, so that the loops grow long.
+  void repeat_columns(int64_t per_channel, Index* columns) const {
+    for (int64_t done = 1; done < in_channels_; done *= 2) {
+      const auto shift = static_cast<Index>(done * in_positions_);
+      const int64_t count = std::min(done, in_channels_ - done) * per_channel;
+      Index* const to = columns + done * per_channel;
+      for (int64_t n = 0; n < count; ++n) to[n] = columns[n] + shift;
+    }
+  }
+
+  const Geometry& g_;
+  const RowTaps& taps_;
+  const T* weight_;
+  const int64_t in_positions_;
+  const int64_t in_channels_;
+  const int64_t weight_step_;  // from one input channel to the next
+  std::vector<TapRun> runs_;   // of the row at hand
+};
 
 template <typename T, typename Index>
 void run(const ConvToCsrParams& params, const ParallelFor& parallel_for) {
   const Geometry& g = params.geometry;
   const int64_t rows = params.row_stop - params.row_start;
   const int64_t first = params.taps.stored.before(g, params.row_start);
-  const T* weight = static_cast<const T*>(params.weight);
   T* values = static_cast<T*>(params.values);
   Index* columns = static_cast<Index*>(params.columns);
   Index* row_pointers = static_cast<Index*>(params.row_pointers);
 
   advise_huge_pages(values, params.stored * static_cast<int64_t>(sizeof(T)));
   advise_huge_pages(columns, params.stored * static_cast<int64_t>(sizeof(Index)));
-  for_each(parallel_for, rows + 1, params.stored / (rows + 1) + 1, [&](int64_t n) {
-    const int64_t at = params.taps.stored.before(g, params.row_start + n) - first;
-    row_pointers[n] = static_cast<Index>(at);
-    if (n < rows)
-      write_row(g, params.taps, weight, params.row_start + n, values + at, columns + at);
+  parallel_for(rows, grain_for(params.stored / (rows + 1) + 1), [&](int64_t begin, int64_t end) {
+    const int64_t row = params.row_start + begin;
+    const int64_t at = params.taps.stored.before(g, row) - first;
+    RowWriter<T, Index>(params).write(row, params.row_start + end, at, values, columns,
+                                      row_pointers + begin);
   });
+  row_pointers[rows] = static_cast<Index>(params.stored);
 }
 
 }  // namespace
