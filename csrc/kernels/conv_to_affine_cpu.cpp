@@ -33,19 +33,12 @@ class RowWriter {
   // Rows [begin, end) of the matrix, the first of which lies at `to`.
   void write(int64_t begin, int64_t end, T* to) {
     ClearedAhead cleared(to, to + (end - begin) * cols_);
-    const int64_t out_positions = g_.out_positions();
-    Position o = out_position(g_, begin % out_positions);
-    int64_t row = begin;
-    for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
-      const T* kernel = weight_ + g_.weight_index(c_out, 0);
-      const int64_t first_col = g_.group_of_out_channel(c_out) * in_channels_ * in_positions_;
-      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
-      for (; row < stop; ++row, advance(g_, o), to += cols_) {
-        list_runs(taps_, o.at[2], runs_);
-        write_planes(kernel, o, to + first_col, cleared);
-        cleared.until(to + cols_);
-      }
-    }
+    visit_rows(g_, begin, end, [&](int64_t weight, int64_t col, const Position& o) {
+      list_runs(taps_, o.at[2], runs_);
+      write_planes(weight_ + weight, o, to + col, cleared);
+      to += cols_;
+      cleared.until(to);
+    });
   }
 
  private:

@@ -29,22 +29,14 @@ class RowWriter {
   // Rows [begin, end) of the matrix, the first of which starts with element `at` of the output.
   void write(int64_t begin, int64_t end, int64_t at, T* values, Index* columns,
              Index* row_pointers) {
-    const int64_t out_positions = g_.out_positions();
-    Position o = out_position(g_, begin % out_positions);
-    int64_t row = begin;
-    for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
-      const T* kernel = weight_ + g_.weight_index(c_out, 0);
-      const int64_t first_col = g_.group_of_out_channel(c_out) * in_channels_ * in_positions_;
-      const int64_t stop = std::min(end, (c_out + 1) * out_positions);
-      for (; row < stop; ++row, advance(g_, o)) {
-        const int64_t per_channel = taps_.stored.per_channel(o);
-        *row_pointers++ = static_cast<Index>(at);
-        list_runs(taps_, o.at[2], runs_);
-        write_row(kernel, first_col, o, per_channel, values + at, columns + at);
-        repeat_columns(per_channel, columns + at);
-        at += per_channel * in_channels_;
-      }
-    }
+    visit_rows(g_, begin, end, [&](int64_t weight, int64_t col, const Position& o) {
+      const int64_t per_channel = taps_.stored.per_channel(o);
+      *row_pointers++ = static_cast<Index>(at);
+      list_runs(taps_, o.at[2], runs_);
+      write_row(weight_ + weight, col, o, per_channel, values + at, columns + at);
+      repeat_columns(per_channel, columns + at);
+      at += per_channel * in_channels_;
+    });
   }
 
  private:

@@ -54,10 +54,8 @@ class ByInput {
     task_channels_ =
         std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, positions)));
     group_tasks_ = divide_up(plan_.out_channels, task_channels_);
-    if (params.conv_bias != nullptr) {
-      const int64_t parts = plan_.alone ? plan_.jobs() : plan_.stage * job_tasks();
-      sums_.resize(static_cast<size_t>(parts * plan_.panels.most_width()));
-    }
+    work_.make_parts(plan_.alone ? plan_.jobs() : plan_.stage * job_tasks(),
+                     plan_.panels.most_width());
   }
 
   void run() {
@@ -104,14 +102,14 @@ class ByInput {
       const int64_t slab_number = number / plan_.jobs_per_slab();
       if (slab.number != slab_number) make_slab(g_, plan_.slabs, slab_number, slab);
       const Job job = make_job(slab, number % plan_.jobs_per_slab(), thread);
-      double* sums = sums_of(number);
+      double* sums = work_.start_part(number);
       for (int64_t task = 0; task < tasks(job); ++task) pack_task(job, task, sums);
       multiply(job, batch, blocks_of(job, batch), positions_of(g_, plan_.slabs, slab),
                worker(thread));
     });
-    for (int64_t n = 0; n < plan_.jobs() && !sums_.empty(); ++n) {
+    for (int64_t n = 0; n < plan_.jobs(); ++n) {
       const int64_t panel = n % plan_.jobs_per_slab() / plan_.jobs_per_panel();
-      work_.add_to_bias(plan_.panels.rows(panel), sums_at(n));
+      work_.add_part(plan_.panels.rows(panel), n);
     }
   }
 
@@ -172,27 +170,16 @@ class ByInput {
   }
   int64_t job_tasks() const { return plan_.job_groups * group_tasks_; }
 
-  // Where a job, or a task of packing, adds up what conv_bias gives to each f; null without one.
-  double* sums_of(int64_t number) {
-    if (sums_.empty()) return nullptr;
-    double* sums = sums_.data() + number * plan_.panels.most_width();
-    std::fill(sums, sums + plan_.panels.most_width(), 0.0);
-    return sums;
-  }
-  const double* sums_at(int64_t number) const {
-    return sums_.data() + number * plan_.panels.most_width();
-  }
-
   void pack_stage(const Slab& slab, Range stage) {
     const int64_t items = (stage.last - stage.first) * job_tasks();
     const int64_t cost = task_channels_ * panel_positions(slab) * plan_.panels.most_width();
     for_each(work_.parallel_for, items, cost, [&](int64_t n) {
       const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
-      if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), sums_of(n));
+      if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), work_.start_part(n));
     });
-    for (int64_t n = 0; n < items && !sums_.empty(); ++n) {
+    for (int64_t n = 0; n < items; ++n) {
       const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
-      if (n % job_tasks() < tasks(job)) work_.add_to_bias(job.rows, sums_at(n));
+      if (n % job_tasks() < tasks(job)) work_.add_part(job.rows, n);
     }
   }
 
@@ -332,7 +319,6 @@ class ByInput {
   int64_t threads_ = 1;
   int64_t task_channels_ = 0;  // output channels that make a task of packing
   int64_t group_tasks_ = 0;
-  std::vector<double> sums_;
   std::vector<Worker> workers_;
 };
 

@@ -51,9 +51,7 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.out_channels = g.out_channels_per_group();
   plan.taps = plan.in_channels * g.kernel_positions();
   plan.blocks = divide_up(plan.taps, tiles.most_channels);
-  plan.panels =
-      Panels(features, tiles.lanes,
-             std::min<int64_t>(TileSet<A>::kMostVectors, tiles.registers / plan.most_in_block()));
+  plan.panels = Panels(features, tiles.lanes, tiles.most_vectors(plan.most_in_block()));
   plan.slabs = one_slab(g);
   const int64_t line_bytes = g.in_positions() / g.axis[plan.slabs.axis].in * plan.in_channels *
                              plan.panels.most_width() * kSize;
@@ -101,7 +99,7 @@ class ByOutput {
       worker.target.resize(static_cast<size_t>(plan_.taps));
       own += own_bytes;
     }
-    if (params.conv_bias != nullptr) sums_.assign(static_cast<size_t>(jobs() * width), 0.0);
+    work_.make_parts(jobs(), width);
   }
 
   void run() {
@@ -111,10 +109,7 @@ class ByOutput {
     work_.share(jobs(), cost, threads_, [&](int64_t thread, int64_t number) {
       do_job(workers_[static_cast<size_t>(thread)], number);
     });
-    for (int64_t n = 0; n < jobs() && !sums_.empty(); ++n) {
-      work_.add_to_bias(plan_.panels.rows(panel_of(n)),
-                        sums_.data() + n * plan_.panels.most_width());
-    }
+    for (int64_t n = 0; n < jobs(); ++n) work_.add_part(plan_.panels.rows(panel_of(n)), n);
     work_.write_bias();
   }
 
@@ -162,7 +157,7 @@ class ByOutput {
     const int64_t count = positions.last - positions.first;
     std::memset(static_cast<void*>(worker.result), 0,
                 static_cast<size_t>(plan_.in_channels * count * rows.width) * sizeof(A));
-    double* sums = sums_.empty() ? nullptr : sums_.data() + number * plan_.panels.most_width();
+    double* sums = work_.start_part(number);
     for (const Run& run : worker.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
@@ -243,7 +238,6 @@ class ByOutput {
   const Plan plan_;
   A* weight_ = nullptr;
   int64_t threads_ = 1;
-  std::vector<double> sums_;  // [job][f]: what conv_bias adds
   std::vector<Worker> workers_;
 };
 

@@ -88,8 +88,7 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.batch = std::clamp<int64_t>(Plan::kMostWeightBytes / block_bytes, 1, plan.blocks());
 
   // As many vectors as leave a register for each sum of the largest block, but no panel too large.
-  int64_t most_vectors =
-      std::min<int64_t>(TileSet<A>::kMostVectors, tiles.registers / plan.most_in_block());
+  int64_t most_vectors = tiles.most_vectors(plan.most_in_block());
   const int64_t plane = g.out_positions() * plan.out_channels * tiles.lanes * kSize;
   while (most_vectors > 2 && plane * most_vectors > Plan::kMostPanelBytes) --most_vectors;
   plan.panels = Panels(features, tiles.lanes, most_vectors);

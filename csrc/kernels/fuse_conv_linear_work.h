@@ -9,9 +9,8 @@
 
 #include "fuse_conv_linear.h"
 #include "memory.h"
+#include "simd_kernels.h"
 #include "slab.h"
-#include "tile.h"
-#include "turn.h"
 
 namespace linfuse {
 
@@ -62,8 +61,8 @@ class Work {
       : params(params),
         g(params.geometry),
         parallel_for(parallel_for),
-        tiles(tile_set<A>(simd_level())),
-        turns(turn_set<T>(simd_level())),
+        tiles(simd_kernels(simd_level())),
+        turns(simd_kernels(simd_level())),
         linear_(static_cast<const T*>(params.linear_weight)),
         fused_(static_cast<T*>(params.weight)) {
     advise_huge_pages(fused_, params.features * g.cols() * static_cast<int64_t>(sizeof(T)));
@@ -119,8 +118,24 @@ class Work {
     turns.unpack(task);
   }
 
-  // Sums of packing are added in a fixed order, one part after the other.
-  void add_to_bias(const Rows& rows, const double* sums) {
+  // What conv_bias gives to each f is summed in parts, which are then added in a fixed order.
+  void make_parts(int64_t parts, int64_t width) {
+    if (params.conv_bias == nullptr) return;
+    part_width_ = width;
+    sums_.resize(static_cast<size_t>(parts * width));
+  }
+
+  // The sums of a part, from zero; null without a conv_bias.
+  double* start_part(int64_t part) {
+    if (params.conv_bias == nullptr) return nullptr;
+    double* sums = sums_.data() + part * part_width_;
+    std::fill(sums, sums + part_width_, 0.0);
+    return sums;
+  }
+
+  void add_part(const Rows& rows, int64_t part) {
+    if (params.conv_bias == nullptr) return;
+    const double* sums = sums_.data() + part * part_width_;
     for (int64_t f = 0; f < rows.width; ++f) bias_[static_cast<size_t>(rows.first + f)] += sums[f];
   }
 
@@ -202,6 +217,8 @@ class Work {
   const T* linear_;
   T* fused_;
   std::vector<double> bias_;
+  std::vector<double> sums_;  // [part][f]
+  int64_t part_width_ = 0;
 };
 
 }  // namespace linfuse

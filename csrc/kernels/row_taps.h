@@ -36,6 +36,21 @@ inline void advance(const Geometry& g, Position& o) {
   }
 }
 
+// Goes through rows [begin, end) of the matrix. Calls visit(weight, col, o): where the weights of
+// the row's output channel begin, the column of its group's first element, and its output position.
+template <typename Visitor>
+void visit_rows(const Geometry& g, int64_t begin, int64_t end, const Visitor& visit) {
+  const int64_t out_positions = g.out_positions();
+  Position o = out_position(g, begin % out_positions);
+  int64_t row = begin;
+  for (int64_t c_out = begin / out_positions; row < end; ++c_out) {
+    const int64_t weight = g.weight_index(c_out, 0);
+    const int64_t col = g.column(c_out, 0, Position{});
+    const int64_t stop = end < (c_out + 1) * out_positions ? end : (c_out + 1) * out_positions;
+    for (; row < stop; ++row, advance(g, o)) visit(weight, col, o);
+  }
+}
+
 // Neighbours on the innermost axis that read neighbouring kernel elements, so that they can be
 // copied together; or one element that several taps meet in.
 struct TapRun {

@@ -43,27 +43,16 @@ struct TileSet {
   int lanes;          // of one vector
   int registers;      // for sums: vectors * channels of a tile never exceed it
   int most_channels;  // n of the widest tile with two vectors
+
+  // Vectors of the widest tile with so many channels.
+  int64_t most_vectors(int64_t channels) const {
+    return registers / channels < kMostVectors ? registers / channels : kMostVectors;
+  }
+
   Tile<A> tile[kMostVectors + 1][kMostChannels + 1];
 
   // Adds line n of a tile to to[n], for every n where that is not null.
   void (*add_lines)(const A* tile, int64_t width, int64_t lines, A* const* to);
 };
-
-template <typename A>
-const TileSet<A>& tile_set_baseline();
-template <typename A>
-const TileSet<A>& tile_set_avx2();
-template <typename A>
-const TileSet<A>& tile_set_avx512();
-
-template <typename A>
-const TileSet<A>& tile_set(SimdLevel level) {
-#if defined(__x86_64__)
-  if (level == SimdLevel::kAvx512) return tile_set_avx512<A>();
-  if (level == SimdLevel::kAvx2) return tile_set_avx2<A>();
-#endif
-  (void)level;
-  return tile_set_baseline<A>();
-}
 
 }  // namespace linfuse

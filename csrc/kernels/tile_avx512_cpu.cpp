@@ -3,8 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "tile.h"
-#include "turn.h"
+#include "simd_kernels.h"
 
 #if defined(__x86_64__)
 
@@ -20,45 +19,13 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 24;
-#include "tile.inl"
-#include "turn.inl"
+#include "simd_kernels.inl"
 
 }  // namespace
 
-template <>
-const TileSet<float>& tile_set_avx512<float>() {
-  static const TileSet<float> set = make_tile_set<float>();
-  return set;
-}
-
-template <>
-const TileSet<double>& tile_set_avx512<double>() {
-  static const TileSet<double> set = make_tile_set<double>();
-  return set;
-}
-
-template <>
-const TurnSet<float>& turn_set_avx512<float>() {
-  static const TurnSet<float> set = make_turn_set<float>();
-  return set;
-}
-
-template <>
-const TurnSet<double>& turn_set_avx512<double>() {
-  static const TurnSet<double> set = make_turn_set<double>();
-  return set;
-}
-
-template <>
-const TurnSet<Float16>& turn_set_avx512<Float16>() {
-  static const TurnSet<Float16> set = make_turn_set<Float16>();
-  return set;
-}
-
-template <>
-const TurnSet<BFloat16>& turn_set_avx512<BFloat16>() {
-  static const TurnSet<BFloat16> set = make_turn_set<BFloat16>();
-  return set;
+const SimdKernels& simd_kernels_avx512() {
+  static const SimdKernels kernels = make_simd_kernels();
+  return kernels;
 }
 
 }  // namespace linfuse

@@ -23,7 +23,7 @@ struct PackTask {
   int vectors;           // of f
   const int64_t* place;  // null where only the sums are wanted
   Accumulate<T>* to;
-  // Where wanted, sums[f] += sum over n >= sums_from of scale[n] * from[f * stride + n]: in
+  // Where wanted, sums[f] += sum over n of scale[n] * from[f * stride + n]: in
   // Accumulate<T> over a few neighbours, then in double.
   double* sums;
   const Accumulate<T>* scale;
@@ -44,22 +44,5 @@ struct TurnSet {
   void (*pack)(const PackTask<T>& task);
   void (*unpack)(const UnpackTask<T>& task);
 };
-
-template <typename T>
-const TurnSet<T>& turn_set_baseline();
-template <typename T>
-const TurnSet<T>& turn_set_avx2();
-template <typename T>
-const TurnSet<T>& turn_set_avx512();
-
-template <typename T>
-const TurnSet<T>& turn_set(SimdLevel level) {
-#if defined(__x86_64__)
-  if (level == SimdLevel::kAvx512) return turn_set_avx512<T>();
-  if (level == SimdLevel::kAvx2) return turn_set_avx2<T>();
-#endif
-  (void)level;
-  return turn_set_baseline<T>();
-}
 
 }  // namespace linfuse

@@ -1,0 +1,30 @@
+// Everything that is compiled once per SIMD level, by level.
+#pragma once
+
+#include "tile.h"
+#include "turn.h"
+
+namespace linfuse {
+
+// Converts to the set of any type: `const TileSet<float>& tiles = simd_kernels(level)`.
+struct SimdKernels : TileSet<float>,
+                     TileSet<double>,
+                     TurnSet<float>,
+                     TurnSet<double>,
+                     TurnSet<Float16>,
+                     TurnSet<BFloat16> {};
+
+const SimdKernels& simd_kernels_baseline();
+const SimdKernels& simd_kernels_avx2();
+const SimdKernels& simd_kernels_avx512();
+
+inline const SimdKernels& simd_kernels(SimdLevel level) {
+#if defined(__x86_64__)
+  if (level == SimdLevel::kAvx512) return simd_kernels_avx512();
+  if (level == SimdLevel::kAvx2) return simd_kernels_avx2();
+#endif
+  (void)level;
+  return simd_kernels_baseline();
+}
+
+}  // namespace linfuse

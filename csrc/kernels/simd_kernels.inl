@@ -1,0 +1,8 @@
+// Included by tile_<level>_cpu.cpp inside an anonymous namespace; see tile.inl.
+#include "tile.inl"
+#include "turn.inl"
+
+SimdKernels make_simd_kernels() {
+  return {make_tile_set<float>(),  make_tile_set<double>(),  make_turn_set<float>(),
+          make_turn_set<double>(), make_turn_set<Float16>(), make_turn_set<BFloat16>()};
+}
