@@ -122,6 +122,16 @@ CUTS = {
     "jobs of one thread, slabs that wrap": (
         32, (8, 8, 5), (20000,), {"padding": 7, "padding_mode": "circular"},
     ),
+    "stretches of slabs, result beyond the caches": (
+        100, (16, 16, 3, 3), (40, 70), {"padding": 3, "dilation": 3},
+    ),
+    "stretches of slabs that wrap": (
+        100, (16, 16, 3, 3), (40, 70), {"padding": 2, "padding_mode": "circular"},
+    ),
+    "stretches of slabs, transposed": (
+        60, (16, 12, 4, 3), (40, 71), {"transposed": True, "stride": 2, "padding": (1, 0, 2, 1)},
+    ),
+    "panels beyond the caches": (90, (64, 20, 3, 3), (41, 43), {}),
     "shared slabs": (3, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
     "shared slabs, transposed": (5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2}),
     "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),

@@ -19,8 +19,10 @@ namespace linfuse {
 namespace {
 
 constexpr int64_t kPieceBytes = int64_t{192} << 10;
-// Segments are of so many positions, but for the last.
-constexpr int64_t kSegmentStep = 16;
+constexpr int64_t kSegmentTaps = int64_t{1} << 16;
+// Segments are of whole lines of memory.
+template <typename T>
+constexpr int64_t kSegmentStep = 64 / static_cast<int64_t>(sizeof(T));
 constexpr int64_t kUnitsPerThread = 8;
 // Elements of a row that make a task of packing.
 constexpr int64_t kPackTask = 4096;
@@ -34,16 +36,17 @@ class ByInput {
           const Allocate& allocate)
       : work_(params, parallel_for),
         g_(work_.g),
-        plan_(make_plan<A>(g_, params.features, work_.tiles)) {
+        plan_(make_plan<A>(g_, params.features, sizeof(T), work_.tiles)) {
     constexpr int64_t kSize = sizeof(A);
     panel_bytes_ = aligned(plan_.panel_size() * kSize);
     const int64_t position_bytes = plan_.most_in_block() * plan_.panels.most_width() * kSize;
-    const int64_t positions_of_slab =
-        g_.in_positions() / g_.axis[plan_.slabs.axis].in * plan_.slabs.length;
-    const int64_t segments =
-        divide_up(positions_of_slab, std::max(kSegmentStep, kPieceBytes / position_bytes));
-    segment_ = divide_up(divide_up(positions_of_slab, segments), kSegmentStep) * kSegmentStep;
+    const int64_t positions_of_slab = inner_in(g_, plan_.slabs) * plan_.slabs.length;
+    const int64_t most =
+        std::min(kPieceBytes / position_bytes, kSegmentTaps / plan_.kernel_positions);
+    const int64_t segments = divide_up(positions_of_slab, std::max(kSegmentStep<T>, most));
+    segment_ = divide_up(divide_up(positions_of_slab, segments), kSegmentStep<T>) * kSegmentStep<T>;
     piece_bytes_ = aligned(segment_ * position_bytes);
+    stream_ = !plan_.alone && plan_.stage * panel_bytes_ >= kLargeBlock;
     const int64_t own_bytes = piece_bytes_ + (plan_.alone ? panel_bytes_ : 0);
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
     const int64_t weight_bytes = aligned(plan_.batch * plan_.most_in_block() *
@@ -59,12 +62,12 @@ class ByInput {
           reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
       workers_[static_cast<size_t>(n)].first_tap.resize(static_cast<size_t>(segment_ + 1));
     }
-    const int64_t positions = plan_.slabs.most_reads * plan_.slabs.positions_per_read();
     task_channels_ =
-        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, positions)));
+        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, panel_positions())));
     group_tasks_ = divide_up(plan_.out_channels, task_channels_);
-    work_.make_parts(plan_.alone ? plan_.jobs() : plan_.stage * job_tasks(),
-                     plan_.panels.most_width());
+    work_.make_parts(
+        plan_.alone ? plan_.stretches * plan_.jobs_per_slab() : plan_.stage * job_tasks(),
+        plan_.panels.most_width());
   }
 
   void run() {
@@ -102,21 +105,26 @@ class ByInput {
 
   Worker& worker(int64_t thread) { return workers_[static_cast<size_t>(thread)]; }
 
+  // Stretches are counted as [stretch][panel][groups].
   void run_alone() {
     const Range batch = {0, plan_.blocks()};
+    const int64_t count = plan_.stretches * plan_.jobs_per_slab();
     const int64_t cost = g_.rows() / plan_.jobs_per_panel() * plan_.panels.most_width() *
-                         plan_.kernel_positions / plan_.slabs.count;
-    work_.share(plan_.jobs(), cost, threads_, [&](int64_t thread, int64_t number) {
+                         plan_.kernel_positions / plan_.stretches;
+    work_.share(count, cost, threads_, [&](int64_t thread, int64_t number) {
+      const Range slabs = plan_.stretch(number / plan_.jobs_per_slab());
       Slab& slab = worker(thread).slab;
-      const int64_t slab_number = number / plan_.jobs_per_slab();
-      if (slab.number != slab_number) make_slab(g_, plan_.slabs, slab_number, slab);
       const Job job = make_job(slab, number % plan_.jobs_per_slab(), thread);
       double* sums = work_.start_part(number);
-      for (int64_t task = 0; task < tasks(job); ++task) pack_task(job, task, sums);
-      multiply(job, batch, blocks_of(job, batch), positions_of(g_, plan_.slabs, slab),
-               worker(thread));
+      start_stretch(g_, plan_.slabs, slabs, slab);
+      for (int64_t n = slabs.first; n < slabs.last; ++n) {
+        next_slab(g_, plan_.slabs, n, slab);
+        for (int64_t task = 0; task < tasks(job); ++task) pack_task(job, task, sums);
+        multiply(job, batch, blocks_of(job, batch), positions_of(g_, plan_.slabs, slab),
+                 worker(thread));
+      }
     });
-    for (int64_t n = 0; n < plan_.jobs(); ++n) {
+    for (int64_t n = 0; n < count; ++n) {
       const int64_t panel = n % plan_.jobs_per_slab() / plan_.jobs_per_panel();
       work_.add_part(plan_.panels.rows(panel), n);
     }
@@ -139,9 +147,7 @@ class ByInput {
     }
   }
 
-  int64_t panel_positions(const Slab& slab) const {
-    return static_cast<int64_t>(slab.reads.size()) * plan_.slabs.positions_per_read();
-  }
+  int64_t panel_positions() const { return plan_.slabs.lines * plan_.slabs.positions_per_read(); }
 
   Range blocks_of(const Job& job, Range batch) const {
     return {std::max(batch.first, job.groups.first * plan_.blocks_per_group),
@@ -181,7 +187,7 @@ class ByInput {
 
   void pack_stage(const Slab& slab, Range stage) {
     const int64_t items = (stage.last - stage.first) * job_tasks();
-    const int64_t cost = task_channels_ * panel_positions(slab) * plan_.panels.most_width();
+    const int64_t cost = task_channels_ * panel_positions() * plan_.panels.most_width();
     for_each(work_.parallel_for, items, cost, [&](int64_t n) {
       const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
       if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), work_.start_part(n));
@@ -199,13 +205,14 @@ class ByInput {
     const int64_t stop = std::min(plan_.out_channels, start + task_channels_);
     const int64_t c_out = (job.groups.first + group) * plan_.out_channels;
     const int64_t step = plan_.out_channels * job.rows.width;
-    A* panel = job.panel + group * panel_positions(job.slab) * step + start * job.rows.width;
+    A* panel = job.panel + group * panel_positions() * step + start * job.rows.width;
     for (const Run& run : job.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
       work_.pack(job.rows, {c_out + start, c_out + stop}, run.source, run.count,
-                 run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums);
+                 run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums, stream_);
     }
+    if (stream_) work_.turns.finish();
   }
 
   void multiply_stage(const Slab& slab, Range stage, Range batch) {
@@ -255,7 +262,7 @@ class ByInput {
     const int64_t group = block / plan_.blocks_per_group - job.groups.first;
     const Tile<A> tile = work_.tiles.tile[job.rows.vectors][channels];
     TileTask<A> task = {};
-    task.linear = job.panel + group * panel_positions(job.slab) * plan_.out_channels * width;
+    task.linear = job.panel + group * panel_positions() * plan_.out_channels * width;
     task.weight = weight_of(block, batch);
     task.weight_step = plan_.out_channels * channels;
     task.channels = plan_.out_channels;
@@ -276,7 +283,6 @@ class ByInput {
   // elements.
   void list_taps(const Job& job, Range segment, Worker& worker) const {
     const int64_t step = plan_.out_channels * job.rows.width;
-    const auto reads = static_cast<int64_t>(job.slab.reads.size());
     worker.linear_start.clear();
     worker.kernel.clear();
     Position before = {{-1, -1, -1}};
@@ -293,9 +299,9 @@ class ByInput {
       before = i;
       worker.first_tap[static_cast<size_t>(position - segment.first)] =
           static_cast<int64_t>(worker.linear_start.size());
-      // Sizes of the panel's axes: those of the output, and the slab's reads on its axis.
-      const int64_t size1 = plan_.slabs.axis == 1 ? reads : g_.axis[1].out;
-      const int64_t size2 = plan_.slabs.axis == 2 ? reads : g_.axis[2].out;
+      // Sizes of the panel's axes: those of the output, and its lines on the axis of the slabs.
+      const int64_t size1 = plan_.slabs.axis == 1 ? plan_.slabs.lines : g_.axis[1].out;
+      const int64_t size2 = plan_.slabs.axis == 2 ? plan_.slabs.lines : g_.axis[2].out;
       for_each_tap(worker.taps[0], [&](int64_t o0, int64_t k0) {
         for_each_tap(worker.taps[1], [&](int64_t o1, int64_t k1) {
           const int64_t o_line = (o0 * size1 + o1) * size2;
@@ -327,6 +333,7 @@ class ByInput {
   char* panels_ = nullptr;
   int64_t panel_bytes_ = 0;
   int64_t segment_ = 0;  // positions
+  bool stream_ = false;  // whether panels are larger than a core's own cache
   int64_t piece_bytes_ = 0;
   int64_t threads_ = 1;
   int64_t task_channels_ = 0;  // output channels that make a task of packing

@@ -53,12 +53,12 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   plan.blocks = divide_up(plan.taps, tiles.most_channels);
   plan.panels = Panels(features, tiles.lanes, tiles.most_vectors(plan.most_in_block()));
   plan.slabs = one_slab(g);
-  const int64_t line_bytes = g.in_positions() / g.axis[plan.slabs.axis].in * plan.in_channels *
-                             plan.panels.most_width() * kSize;
+  const int64_t line_bytes =
+      inner_in(g, plan.slabs) * plan.in_channels * plan.panels.most_width() * kSize;
   const int64_t lines = std::max<int64_t>(1, kResultBytes / line_bytes);
   const int64_t count = std::max(divide_up(g.axis[plan.slabs.axis].in, lines),
                                  divide_up(kWantedJobs, plan.panels.count * g.groups));
-  cut_slabs(g, count, INT64_MAX, plan.slabs);
+  cut_slabs(g, count, INT64_MAX, 1, plan.slabs);
   plan.chunk_channels = std::min(plan.out_channels, kChunkChannels);
   const int64_t position_bytes = plan.chunk_channels * plan.panels.most_width() * kSize;
   plan.chunk_positions = std::min(g.out_positions(), kChunkBytes / position_bytes);
@@ -77,7 +77,7 @@ class ByOutput {
         plan_(make_plan<A>(g_, params.features, work_.tiles)) {
     constexpr int64_t kSize = sizeof(A);
     const int64_t width = plan_.panels.most_width();
-    const int64_t line = g_.in_positions() / g_.axis[plan_.slabs.axis].in;
+    const int64_t line = inner_in(g_, plan_.slabs);
     const int64_t result_bytes =
         aligned(plan_.slabs.length * line * plan_.in_channels * width * kSize);
     const int64_t chunk_bytes =

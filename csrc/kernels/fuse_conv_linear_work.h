@@ -95,16 +95,17 @@ class Work {
   // Packs output positions [source, source + count) of some output channels: position n of channel
   // c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`, unless that or
   // `to` is null.
+  // With `stream`, past the caches: finish() before another thread reads it.
   void pack(const Rows& rows, Range channels, int64_t source, int64_t count, A* to, int64_t step,
-            double* sums) const {
+            double* sums, bool stream = false) const {
     // Where whole channels are packed, one follows the other without a gap.
     if (count == g.out_positions()) {
-      pack_piece(rows, channels, source, count, to, step, sums);
+      pack_piece(rows, channels, source, count, to, step, sums, stream);
       return;
     }
     for (int64_t c = channels.first; c < channels.last; ++c) {
       A* channel = to == nullptr ? nullptr : to + (c - channels.first) * rows.width;
-      pack_piece(rows, {c, c + 1}, source, count, channel, step, sums);
+      pack_piece(rows, {c, c + 1}, source, count, channel, step, sums, stream);
     }
   }
 
@@ -159,7 +160,7 @@ class Work {
   static constexpr int64_t kPackAtATime = 128;
 
   void pack_piece(const Rows& rows, Range channels, int64_t source, int64_t count, A* to,
-                  int64_t step, double* sums) const {
+                  int64_t step, double* sums, bool stream) const {
     const T* conv_bias = static_cast<const T*>(params.conv_bias);
     const int64_t all = (channels.last - channels.first) * count;
     const T* from = linear_ + rows.first * params.linear_stride[0] +
@@ -184,8 +185,10 @@ class Work {
       task.rows = rows.count;
       task.count = some;
       task.vectors = static_cast<int>(rows.vectors);
+      task.next = count == g.out_positions() ? 0 : g.out_positions() * params.linear_stride[1];
       task.place = to == nullptr ? nullptr : place;
       task.to = to;
+      task.stream = stream;
       task.sums = sums;
       task.scale = scale;
       if (params.linear_stride[1] == 1) {

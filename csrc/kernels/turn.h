@@ -4,7 +4,9 @@
 //   unpack   to[f * stride + n] = from[n * step + f]
 //
 // Both turn square blocks of one vector by one vector inside registers, and convert between T and
-// Accumulate<T> on the way. turn.inl is the one source, compiled once per SIMD level and type.
+// Accumulate<T> on the way. Either may write past the caches, for what is far larger than they are:
+// a store that misses would wait for a line that nobody needs. turn.inl is the one source, compiled
+// once per SIMD level and type.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +23,10 @@ struct PackTask {
   int64_t rows;          // that exist; the rest of the vectors is filled with zeros
   int64_t count;         // n
   int vectors;           // of f
+  int64_t next;          // from here to what will be packed next, in elements
   const int64_t* place;  // null where only the sums are wanted
   Accumulate<T>* to;
+  bool stream;  // whether to write past the caches
   // Where wanted, sums[f] += sum over n of scale[n] * from[f * stride + n]: in
   // Accumulate<T> over a few neighbours, then in double.
   double* sums;
@@ -37,8 +41,6 @@ struct UnpackTask {
   int64_t count;
   T* to;
   int64_t stride;
-  // Whether to write past the caches: for results far larger than they are, where a store that
-  // misses waits for a line that nobody needs.
   bool stream;
 };
 

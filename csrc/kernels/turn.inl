@@ -76,6 +76,30 @@ inline void add_to_sums(const typename Block<A>::Vector& part, double* sums) {
   for (int f = 0; f < Block<A>::kLanes; ++f) sums[f] += static_cast<double>(part[f]);
 }
 
+// Past the caches where a vector is a whole line of memory; `to` is aligned to it.
+template <typename A, typename Vector>
+inline __attribute__((always_inline)) void stream_line(A* to, const Vector& line) {
+#if defined(__SSE2__)
+  if constexpr (sizeof(Vector) == 64) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + n,
+                       reinterpret_cast<const __m128i*>(&line)[n]);
+    }
+    return;
+  }
+#endif
+  store_line<A>(to, line);
+}
+
+// Brings lines that no hardware would guess, as they lie in as many places as there are rows.
+template <typename T>
+inline __attribute__((always_inline)) void fetch_block(const T* from, int64_t stride,
+                                                       int64_t rows) {
+  const int64_t some = rows < Block<Accumulate<T>>::kLanes ? rows : Block<Accumulate<T>>::kLanes;
+  for (int64_t n = 0; n < some; ++n) __builtin_prefetch(from + n * stride);
+}
+
 template <typename T>
 void pack(const PackTask<T>& task) {
   using A = Accumulate<T>;
@@ -97,11 +121,13 @@ void pack(const PackTask<T>& task) {
       const int64_t first = done + kLanes <= task.count ? done : task.count - kLanes;
       Block<A> block;
       if (first >= 0) {
+        if (task.next != 0) fetch_block(from + first + task.next, task.stride, rows);
         load_block(from + first, task.stride, rows, block);
         if (task.place != nullptr) {
 #pragma GCC unroll 16
           for (int n = 0; n < kLanes; ++n) {
-            store_line<A>(to + task.place[first + n], block.line[n]);
+            A* line = to + task.place[first + n];
+            task.stream ? stream_line(line, block.line[n]) : store_line<A>(line, block.line[n]);
           }
         }
       } else {
