@@ -2,14 +2,14 @@
 //                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
 //
 // Terms (and those of fuse_conv_linear_plan.h)
-//   segment  kSegment neighbouring input positions i
+//   segment  Engine::kSegment neighbouring input positions i
 //   unit     neighbouring segments and some blocks of a job: what a thread takes of a shared stage
 //
 // For every job: pack the panel, then fill [segment, block] pieces of the result. Each input
 // position needs one small product over exactly its valid taps times c_out (tile.h), so neither
 // padding nor the holes of a stride are ever multiplied. A panel is read with unit stride and
 // shared by all blocks; its elements meet conv_bias while they are packed, so that the Linear is
-// read once. The pieces are turned in cache (turn.h) so that memory sees runs of kSegment elements.
+// read once. The pieces are turned in cache (turn.h) so that memory sees runs of a segment.
 // Every element of the result is computed whole by one thread, in a fixed order: the bits do not
 // depend on the number of threads.
 #include "fuse_conv_linear_by_input.h"
@@ -18,31 +18,33 @@
 namespace linfuse {
 namespace {
 
-constexpr int64_t kSegment = 16;
 constexpr int64_t kUnitsPerThread = 8;
 // Elements of a row that make a task of packing.
 constexpr int64_t kPackTask = 4096;
 
-template <typename T>
+template <typename T, typename Engine>
 class ByInput {
   using A = Accumulate<T>;
+  using Element = typename Engine::Element;
+  static constexpr int64_t kSegment = Engine::kSegment;
 
  public:
   ByInput(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
           const Allocate& allocate)
       : work_(params, parallel_for),
         g_(work_.g),
-        plan_(make_plan<A>(g_, params.features, work_.tiles)) {
-    constexpr int64_t kSize = sizeof(A);
-    panel_bytes_ = aligned(plan_.panel_size() * kSize);
-    piece_bytes_ = aligned(kSegment * plan_.most_in_block() * plan_.panels.most_width() * kSize);
+        engine_(work_),
+        plan_(make_plan(g_, params.features, engine_.shape())) {
+    panel_bytes_ = aligned(plan_.panel_size() * int64_t{sizeof(Element)});
+    piece_bytes_ =
+        aligned(kSegment * plan_.columns * plan_.panels.most_width() * int64_t{sizeof(A)});
     const int64_t own_bytes = piece_bytes_ + (plan_.alone ? panel_bytes_ : 0);
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
-    const int64_t weight_bytes = aligned(plan_.batch * plan_.most_in_block() *
-                                         plan_.kernel_positions * plan_.out_channels * kSize);
+    const int64_t weight_bytes =
+        aligned(plan_.batch * plan_.block_weights() * int64_t{sizeof(Element)});
     const int64_t panels_bytes = panel_bytes_ * (plan_.alone ? threads_ : plan_.stage);
     const int64_t bytes = weight_bytes + panels_bytes + piece_bytes_ * threads_;
-    weight_ = reinterpret_cast<A*>(allocate(bytes));
+    weight_ = reinterpret_cast<Element*>(allocate(bytes));
     advise_huge_pages(weight_, bytes);
     panels_ = reinterpret_cast<char*>(weight_) + weight_bytes;
     workers_.resize(static_cast<size_t>(threads_));
@@ -51,9 +53,8 @@ class ByInput {
           reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
     }
     const int64_t positions = plan_.slabs.most_reads * plan_.slabs.positions_per_read();
-    task_channels_ =
-        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, positions)));
-    group_tasks_ = divide_up(plan_.out_channels, task_channels_);
+    task_lines_ = std::min(plan_.lines, divide_up(kPackTask, std::max<int64_t>(1, positions)));
+    group_tasks_ = divide_up(plan_.lines, task_lines_);
     work_.make_parts(plan_.alone ? plan_.jobs() : plan_.stage * job_tasks(),
                      plan_.panels.most_width());
   }
@@ -69,7 +70,7 @@ class ByInput {
     const Slab& slab;
     Range groups;
     Rows rows;
-    A* panel;
+    Element* panel;
   };
 
   // What a thread keeps from one piece of work to the next.
@@ -88,7 +89,7 @@ class ByInput {
     return {slab,
             {group, std::min(plan_.groups, group + plan_.job_groups)},
             plan_.panels.rows(number / plan_.jobs_per_panel()),
-            reinterpret_cast<A*>(panels_ + panel * panel_bytes_)};
+            reinterpret_cast<Element*>(panels_ + panel * panel_bytes_)};
   }
 
   Worker& worker(int64_t thread) { return workers_[static_cast<size_t>(thread)]; }
@@ -139,30 +140,19 @@ class ByInput {
             std::min(batch.last, job.groups.last * plan_.blocks_per_group)};
   }
 
-  // Weights of a batch as [block][k][c_out][c_in of the block].
   void pack_weight(Range batch) const {
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    const int64_t cost = plan_.kernel_positions * plan_.out_channels * plan_.most_in_block();
-    for_each(work_.parallel_for, batch.last - batch.first, cost, [&](int64_t n) {
+    for_each(work_.parallel_for, batch.last - batch.first, plan_.block_weights(), [&](int64_t n) {
       const int64_t block = batch.first + n;
-      const int64_t size = plan_.block_size(block);
-      A* packed = weight_of(block, batch);
-      for (int64_t c = 0; c < plan_.out_channels; ++c) {
-        const int64_t c_out = block / plan_.blocks_per_group * plan_.out_channels + c;
-        for (int64_t c_in = 0; c_in < size; ++c_in) {
-          const T* kernel = weight + g_.weight_index(c_out, plan_.block_start(block) + c_in);
-          for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
-            packed[(k * plan_.out_channels + c) * size + c_in] = static_cast<A>(kernel[k]);
-          }
-        }
-      }
+      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group), plan_.block_start(block),
+                          plan_.block_size(block), weight_of(block, batch));
     });
   }
 
-  A* weight_of(int64_t block, Range batch) const {
-    const int64_t channels = plan_.channels_before(block) - plan_.channels_before(batch.first);
-    return weight_ + channels * plan_.kernel_positions * plan_.out_channels;
+  Element* weight_of(int64_t block, Range batch) const {
+    return weight_ + (block - batch.first) * plan_.block_weights();
   }
+
+  int64_t first_c_out(int64_t group) const { return group * g_.out_channels_per_group(); }
 
   // Tasks of packing a job, and the most that one has.
   int64_t tasks(const Job& job) const {
@@ -172,7 +162,7 @@ class ByInput {
 
   void pack_stage(const Slab& slab, Range stage) {
     const int64_t items = (stage.last - stage.first) * job_tasks();
-    const int64_t cost = task_channels_ * panel_positions(slab) * plan_.panels.most_width();
+    const int64_t cost = task_lines_ * panel_positions(slab) * plan_.panels.most_width();
     for_each(work_.parallel_for, items, cost, [&](int64_t n) {
       const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
       if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), work_.start_part(n));
@@ -183,19 +173,18 @@ class ByInput {
     }
   }
 
-  // Some output channels of a group.
+  // Some lines of a group.
   void pack_task(const Job& job, int64_t task, double* sums) const {
     const int64_t group = task / group_tasks_;
-    const int64_t start = task % group_tasks_ * task_channels_;
-    const int64_t stop = std::min(plan_.out_channels, start + task_channels_);
-    const int64_t c_out = (job.groups.first + group) * plan_.out_channels;
-    const int64_t step = plan_.out_channels * job.rows.width;
-    A* panel = job.panel + group * panel_positions(job.slab) * step + start * job.rows.width;
+    const int64_t start = task % group_tasks_ * task_lines_;
+    const Range lines = {start, std::min(plan_.lines, start + task_lines_)};
+    const int64_t step = plan_.lines * job.rows.width;
+    Element* panel = job.panel + group * panel_positions(job.slab) * step + start * job.rows.width;
     for (const Run& run : job.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
-      work_.pack(job.rows, {c_out + start, c_out + stop}, run.source, run.count,
-                 run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums);
+      engine_.pack(job.rows, first_c_out(job.groups.first + group), lines, run.source, run.count,
+                   run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums);
     }
   }
 
@@ -209,9 +198,8 @@ class ByInput {
     const int64_t most_blocks =
         std::min(plan_.job_groups * plan_.blocks_per_group, batch.last - batch.first);
     const int64_t splits = std::min(most_blocks, divide_up(wanted, strips));
-    const int64_t cost = divide_up(segments, strips) * kSegment * plan_.out_channels *
-                         plan_.panels.most_width() * divide_up(most_blocks, splits) *
-                         plan_.most_in_block();
+    const int64_t cost = divide_up(segments, strips) * kSegment * plan_.lines *
+                         plan_.panels.most_width() * divide_up(most_blocks, splits) * plan_.columns;
     work_.share(jobs * strips * splits, cost, threads_, [&](int64_t thread, int64_t unit) {
       const int64_t split = unit % splits;
       const int64_t strip = unit / splits % strips;
@@ -230,6 +218,7 @@ class ByInput {
   }
 
   void multiply(const Job& job, Range batch, Range blocks, Range positions, Worker& worker) const {
+    const typename Engine::Session session(engine_);
     for (int64_t first = positions.first; first < positions.last; first += kSegment) {
       const Range segment = {first, std::min(positions.last, first + kSegment)};
       list_taps(job, segment, worker);
@@ -243,21 +232,19 @@ class ByInput {
                       Worker& worker) const {
     const int64_t channels = plan_.block_size(block);
     const int64_t width = job.rows.width;
+    const int64_t columns = engine_.columns(channels);
     const int64_t group = block / plan_.blocks_per_group - job.groups.first;
-    const Tile<A> tile = work_.tiles.tile[job.rows.vectors][channels];
-    TileTask<A> task = {};
-    task.linear = job.panel + group * panel_positions(job.slab) * plan_.out_channels * width;
+    typename Engine::Task task = engine_.task(job.rows, channels);
+    task.linear = job.panel + group * panel_positions(job.slab) * plan_.lines * width;
     task.weight = weight_of(block, batch);
-    task.weight_step = plan_.out_channels * channels;
-    task.channels = plan_.out_channels;
     for (int64_t s = 0; s < segment.last - segment.first; ++s) {
       task.linear_start = worker.linear_start.data() + worker.first_tap[s];
       task.kernel = worker.kernel.data() + worker.first_tap[s];
       task.taps = worker.first_tap[s + 1] - worker.first_tap[s];
-      tile(task, worker.piece + s * channels * width);
+      engine_.multiply(task, job.rows, channels, worker.piece + s * columns * width);
     }
     for (int64_t n = 0; n < channels; ++n) {
-      work_.unpack(job.rows, worker.piece + n * width, channels * width,
+      work_.unpack(job.rows, worker.piece + n * width, columns * width,
                    plan_.channels_before(block) + n, segment.first, segment.last - segment.first);
     }
   }
@@ -265,7 +252,7 @@ class ByInput {
   // Where the operands of every tap of a segment begin: in the panel, and among the kernel
   // elements.
   void list_taps(const Job& job, Range segment, Worker& worker) const {
-    const int64_t step = plan_.out_channels * job.rows.width;
+    const int64_t step = plan_.lines * job.rows.width;
     const auto reads = static_cast<int64_t>(job.slab.reads.size());
     worker.linear_start.clear();
     worker.kernel.clear();
@@ -311,13 +298,14 @@ class ByInput {
 
   Work<T> work_;
   const Geometry& g_;
+  const Engine engine_;
   const Plan plan_;
-  A* weight_ = nullptr;
+  Element* weight_ = nullptr;
   char* panels_ = nullptr;
   int64_t panel_bytes_ = 0;
   int64_t piece_bytes_ = 0;
   int64_t threads_ = 1;
-  int64_t task_channels_ = 0;  // output channels that make a task of packing
+  int64_t task_lines_ = 0;  // that make a task of packing
   int64_t group_tasks_ = 0;
   std::vector<Worker> workers_;
 };
@@ -326,8 +314,14 @@ class ByInput {
 
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate) {
-  dispatch(params.dtype,
-           [&](auto zero) { ByInput<decltype(zero)>(params, parallel_for, allocate).run(); });
+  if (params.dtype == DType::kBFloat16 && fits_matrix_tiles(params.geometry)) {
+    ByInput<BFloat16, MatrixTiles>(params, parallel_for, allocate).run();
+    return;
+  }
+  dispatch(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    ByInput<T, Vectors<T>>(params, parallel_for, allocate).run();
+  });
 }
 
 }  // namespace linfuse
