@@ -314,7 +314,7 @@ class ByInput {
 
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate) {
-  if (params.dtype == DType::kBFloat16 && fits_matrix_tiles(params.geometry)) {
+  if (fits_matrix_tiles(params)) {
     ByInput<BFloat16, MatrixTiles>(params, parallel_for, allocate).run();
     return;
   }

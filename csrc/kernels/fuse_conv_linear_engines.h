@@ -212,12 +212,10 @@ class MatrixTiles {
   AmxShapes registers_;
 };
 
-// Whether matrix tiles would be well filled.
-inline bool fits_matrix_tiles(const Geometry& g) {
-  constexpr int64_t kLeastOutChannels = 8;
-  constexpr int64_t kLeastInChannels = 4;
-  return simd_level() == SimdLevel::kAmx && g.out_channels_per_group() >= kLeastOutChannels &&
-         g.in_channels_per_group() >= kLeastInChannels;
+// They win even where they are far from full; only a single output channel makes no pair.
+inline bool fits_matrix_tiles(const FuseConvLinearParams& params) {
+  return params.dtype == DType::kBFloat16 && simd_level() == SimdLevel::kAmx &&
+         params.geometry.out_channels_per_group() > 1;
 }
 
 }  // namespace linfuse
