@@ -314,12 +314,14 @@ class ByInput {
 
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate) {
-  if (fits_matrix_tiles(params)) {
-    ByInput<BFloat16, MatrixTiles>(params, parallel_for, allocate).run();
-    return;
-  }
   dispatch(params.dtype, [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (fits_matrix_tiles(params)) {
+        ByInput<T, MatrixTiles<T>>(params, parallel_for, allocate).run();
+        return;
+      }
+    }
     ByInput<T, Vectors<T>>(params, parallel_for, allocate).run();
   });
 }

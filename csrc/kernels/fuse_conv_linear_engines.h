@@ -3,12 +3,15 @@
 // fuse_conv_linear_plan.h
 //
 //   line     `width` neighbouring elements of a panel: all that one step of a product reads of it
-//   columns  what the weights and the sums of a block have room for: its input channels, or more
+//   columns  of the sums of a block: its input channels, or more
 //
 // Vectors serves all types and machines: a line is one output channel, in Accumulate<T> (tile.h).
 // MatrixTiles serves bfloat16 where the machine has AMX: a line is a pair of output channels
 // (amx.h).
 #pragma once
+
+#include <cstring>
+#include <type_traits>
 
 #include "amx.h"
 #include "fuse_conv_linear_work.h"
@@ -21,7 +24,8 @@ struct EngineShape {
   int64_t lanes;          // of a vector of f
   int64_t lines;          // of one output position of a group
   int64_t blocks;         // of a group's input channels
-  int64_t columns;        // of a block
+  int64_t columns;        // of the sums of a block
+  int64_t weights;        // elements of a block's weights at one k
   int64_t most_vectors;   // of a panel
 };
 
@@ -48,6 +52,7 @@ class Vectors {
     shape.lines = work_.g.out_channels_per_group();
     shape.blocks = divide_up(in_channels, work_.tiles.most_channels);
     shape.columns = divide_up(in_channels, shape.blocks);
+    shape.weights = shape.lines * shape.columns;
     // A register for each sum of the largest block.
     shape.most_vectors = work_.tiles.most_vectors(shape.columns);
     return shape;
@@ -93,7 +98,11 @@ class Vectors {
   const Work<T>& work_;
 };
 
+template <typename T>
 class MatrixTiles {
+  static constexpr int kChannels = AmxPairs<T>::kChannels;
+  static constexpr int kFactors = AmxPairs<T>::kFactors;
+
  public:
   using Element = Pair;
   using Task = AmxTask;
@@ -112,10 +121,10 @@ class MatrixTiles {
     const AmxKernels& kernels_;
   };
 
-  explicit MatrixTiles(const Work<BFloat16>& work)
+  explicit MatrixTiles(const Work<T>& work)
       : work_(work),
         kernels_(*amx_kernels()),
-        pairs_(divide_up(work.g.out_channels_per_group(), 2)),
+        pairs_(divide_up(work.g.out_channels_per_group(), kChannels)),
         parts_(divide_up(pairs_, Amx::kMostRows)),
         depth_(divide_up(pairs_, parts_)),
         blocks_(divide_up(work.g.in_channels_per_group(), Amx::kMostRows * Amx::kMostTiles)),
@@ -130,6 +139,7 @@ class MatrixTiles {
     shape.lines = parts_ * depth_;
     shape.blocks = blocks_;
     shape.columns = tiles_ * rows_;
+    shape.weights = shape.lines * kFactors * shape.columns;
     shape.most_vectors = kMostVectors;
     return shape;
   }
@@ -137,49 +147,61 @@ class MatrixTiles {
   void pack(const Rows& rows, int64_t c_out, Range lines, int64_t source, int64_t count,
             Element* to, int64_t step, double* sums) const {
     const FuseConvLinearParams& params = work_.params;
-    const int64_t channel = c_out + 2 * lines.first;
+    const int64_t first = kChannels * lines.first;
+    const int64_t channel = c_out + first;
     const int64_t positions = work_.g.out_positions();
-    AmxPackTask task = {};
+    AmxPackTask<T> task = {};
     task.row_stride = params.linear_stride[0];
     task.position_stride = params.linear_stride[1];
     task.channel_stride = positions * task.position_stride;
-    task.from = static_cast<const BFloat16*>(params.linear_weight) + rows.first * task.row_stride +
+    task.from = static_cast<const T*>(params.linear_weight) + rows.first * task.row_stride +
                 channel * task.channel_stride + source * task.position_stride;
     task.rows = rows.count;
     task.vectors = static_cast<int>(rows.vectors);
     task.count = count;
-    task.channels = work_.g.out_channels_per_group() - 2 * lines.first;
+    task.channels = work_.g.out_channels_per_group() - first;
     task.lines = lines.last - lines.first;
     task.to = to;
     task.step = step;
     task.width = rows.width;
     task.sums = sums;
-    task.scale = static_cast<const BFloat16*>(params.conv_bias) + (sums == nullptr ? 0 : channel);
-    kernels_.pack(task);
+    task.scale = static_cast<const T*>(params.conv_bias) + (sums == nullptr ? 0 : channel);
+    kernels_.AmxTurns<T>::pack(task);
   }
 
-  // As [k][part][tile][c_in of the tile][depth]; what no channel has is zero.
+  // As [k][part][factor][tile][c_in of the tile][depth]; what no channel has is zero.
   void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
     const Geometry& g = work_.g;
-    const auto* weight = static_cast<const BFloat16*>(work_.params.conv_weight);
+    const T* weight = static_cast<const T*>(work_.params.conv_weight);
     const int64_t positions = g.kernel_positions();
-    const int64_t step = parts_ * tiles_ * rows_ * depth_;
+    const int64_t factor_size = tiles_ * rows_ * depth_;
+    const int64_t step = parts_ * kFactors * factor_size;
     std::memset(static_cast<void*>(packed), 0,
                 static_cast<size_t>(positions * step) * sizeof(Pair));
     for (int64_t c = 0; c < g.out_channels_per_group(); ++c) {
-      const int64_t pair = c / 2;
+      const int64_t line = c / kChannels;
+      Pair* column = packed + line / depth_ * kFactors * factor_size + line % depth_;
       for (int64_t n = 0; n < channels; ++n) {
-        const BFloat16* kernel = weight + g.weight_index(c_out + c, c_in + n);
-        Pair* to = packed + (pair / depth_ * tiles_ * rows_ + n) * depth_ + pair % depth_;
-        for (int64_t k = 0; k < positions; ++k) to[k * step].channel[c % 2] = kernel[k];
+        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
+        for (int64_t k = 0; k < positions; ++k) {
+          Pair* to = column + k * step + n * depth_;
+          if constexpr (kFactors == 1) {
+            to->half[c % kChannels] = kernel[k];
+          } else {
+            const Pair parts = split(kernel[k]);
+            to[0] = {parts.half[0], parts.half[0]};
+            to[factor_size] = {parts.half[1], parts.half[1]};
+          }
+        }
       }
     }
   }
 
   Task task(const Rows& rows, int64_t) const {
     Task task = {};
-    task.weight_step = parts_ * tiles_ * rows_ * depth_;
+    task.weight_step = parts_ * kFactors * tiles_ * rows_ * depth_;
     task.parts = parts_;
+    task.factors = kFactors;
     task.depth = depth_;
     task.rows = rows_;
     task.width = rows.width;
@@ -201,7 +223,7 @@ class MatrixTiles {
 
   int64_t most_in_block() const { return divide_up(work_.g.in_channels_per_group(), blocks_); }
 
-  const Work<BFloat16>& work_;
+  const Work<T>& work_;
   const AmxKernels& kernels_;
   int64_t pairs_;
   int64_t parts_;
@@ -214,7 +236,7 @@ class MatrixTiles {
 
 // They win even where they are far from full; only a single output channel makes no pair.
 inline bool fits_matrix_tiles(const FuseConvLinearParams& params) {
-  return params.dtype == DType::kBFloat16 && simd_level() == SimdLevel::kAmx &&
+  return element_size(params.dtype) == 2 && simd_level() == SimdLevel::kAmx &&
          params.geometry.out_channels_per_group() > 1;
 }
 

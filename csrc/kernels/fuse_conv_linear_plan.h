@@ -28,6 +28,7 @@ struct Plan {
   int64_t in_channels;  // of a group
   int64_t lines;        // of one output position of a group
   int64_t columns;      // of a block
+  int64_t weights;      // elements of a block's weights at one k
   int64_t kernel_positions;
   int64_t groups;
   int64_t blocks_per_group;  // of about the same size each
@@ -43,7 +44,7 @@ struct Plan {
   int64_t jobs_per_slab() const { return panels.count * jobs_per_panel(); }
   int64_t jobs() const { return slabs.count * jobs_per_slab(); }
   // Elements of the weights of a block.
-  int64_t block_weights() const { return kernel_positions * lines * columns; }
+  int64_t block_weights() const { return kernel_positions * weights; }
   int64_t block_start(int64_t block) const {
     const int64_t within = block % blocks_per_group;
     return within * in_channels / blocks_per_group;
@@ -82,6 +83,7 @@ inline Plan make_plan(const Geometry& g, int64_t features, const EngineShape& sh
   plan.in_channels = g.in_channels_per_group();
   plan.lines = shape.lines;
   plan.columns = shape.columns;
+  plan.weights = shape.weights;
   plan.kernel_positions = g.kernel_positions();
   plan.groups = g.groups;
   plan.blocks_per_group = shape.blocks;
