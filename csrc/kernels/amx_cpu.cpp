@@ -300,32 +300,27 @@ template <typename T>
 void unpack_pairs(const UnpackTask<T>& task) {
   constexpr int kAtATime = 32;
   alignas(64) uint16_t interleave[kAtATime];
-  for (uint16_t n = 0; n < kAtATime; ++n) interleave[n] = static_cast<uint16_t>(n / 2 + n % 2 * 16);
-  const __m512i order = _mm512_load_si512(interleave);
-  for (int64_t f = 0; f < task.rows; f += kLanes) {
-    const int64_t rows = task.rows - f < kLanes ? task.rows - f : kLanes;
-    for (int64_t first = 0; first < task.count; first += kAtATime) {
-      const int64_t count = task.count - first < kAtATime ? task.count - first : kAtATime;
-      const __mmask32 mask = first_of(count);
-      const float* from = task.from + first * task.step + f;
-      PairBlock block;
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) {
-        // Beyond the last position anything will do.
-        const int64_t lower = 2 * n < count ? 2 * n : 0;
-        const int64_t upper = 2 * n + 1 < count ? 2 * n + 1 : 0;
-        const __m512i both = round_both<T>(_mm512_loadu_ps(from + lower * task.step),
-                                           _mm512_loadu_ps(from + upper * task.step));
-        block.line[n] = (PairBlock::Vector)_mm512_permutexvar_epi16(order, both);
-      }
-      block.turn();
-      T* to = task.to + f * task.stride + first;
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) {
-        if (n < rows) _mm512_mask_storeu_epi16(to + n * task.stride, mask, (__m512i)block.line[n]);
-      }
-    }
+  for (uint16_t n = 0; n < kAtATime; ++n) {
+    interleave[n] = static_cast<uint16_t>(n / 2 + n % 2 * 16);
   }
+  const __m512i order = _mm512_load_si512(interleave);
+  unpack_by<kAtATime>(task, [&](const float* from, int64_t count, T* to) {
+    PairBlock block;
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      // Beyond the last position anything will do.
+      const int64_t first = 2 * n < count ? 2 * n : 0;
+      const int64_t second = 2 * n + 1 < count ? 2 * n + 1 : 0;
+      const __m512i both = round_both<T>(_mm512_loadu_ps(from + first * task.step),
+                                         _mm512_loadu_ps(from + second * task.step));
+      block.line[n] = (PairBlock::Vector)_mm512_permutexvar_epi16(order, both);
+    }
+    block.turn();
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      _mm512_storeu_si512(to + n * kStretch, (__m512i)block.line[n]);
+    }
+  });
 }
 
 constexpr AmxKernels kKernels = {

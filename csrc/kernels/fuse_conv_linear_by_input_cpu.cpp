@@ -2,14 +2,14 @@
 //                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
 //
 // Terms (and those of fuse_conv_linear_plan.h)
-//   segment  Engine::kSegment neighbouring input positions i
+//   segment  neighbouring input positions i, as many as keep a piece in the second-level cache
 //   unit     neighbouring segments and some blocks of a job: what a thread takes of a shared stage
 //
 // For every job: pack the panel, then fill [segment, block] pieces of the result. Each input
 // position needs one small product over exactly its valid taps times c_out (tile.h), so neither
 // padding nor the holes of a stride are ever multiplied. A panel is read with unit stride and
 // shared by all blocks; its elements meet conv_bias while they are packed, so that the Linear is
-// read once. The pieces are turned in cache (turn.h) so that memory sees runs of a segment.
+// read once. The pieces are turned in cache (turn.h) so that memory sees runs of a segment each.
 // Every element of the result is computed whole by one thread, in a fixed order: the bits do not
 // depend on the number of threads.
 #include "fuse_conv_linear_by_input.h"
@@ -18,6 +18,9 @@
 namespace linfuse {
 namespace {
 
+constexpr int64_t kPieceBytes = int64_t{192} << 10;
+// Segments are of so many positions, but for the last: as many as are turned at a time.
+constexpr int64_t kSegmentStep = 32;
 constexpr int64_t kUnitsPerThread = 8;
 // Elements of a row that make a task of packing.
 constexpr int64_t kPackTask = 4096;
@@ -26,7 +29,6 @@ template <typename T, typename Engine>
 class ByInput {
   using A = Accumulate<T>;
   using Element = typename Engine::Element;
-  static constexpr int64_t kSegment = Engine::kSegment;
 
  public:
   ByInput(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
@@ -36,8 +38,13 @@ class ByInput {
         engine_(work_),
         plan_(make_plan(g_, params.features, engine_.shape())) {
     panel_bytes_ = aligned(plan_.panel_size() * int64_t{sizeof(Element)});
-    piece_bytes_ =
-        aligned(kSegment * plan_.columns * plan_.panels.most_width() * int64_t{sizeof(A)});
+    const int64_t position_bytes = plan_.columns * plan_.panels.most_width() * int64_t{sizeof(A)};
+    const int64_t positions_of_slab =
+        g_.in_positions() / g_.axis[plan_.slabs.axis].in * plan_.slabs.length;
+    const int64_t segments =
+        divide_up(positions_of_slab, std::max(kSegmentStep, kPieceBytes / position_bytes));
+    segment_ = divide_up(divide_up(positions_of_slab, segments), kSegmentStep) * kSegmentStep;
+    piece_bytes_ = aligned(segment_ * position_bytes);
     const int64_t own_bytes = piece_bytes_ + (plan_.alone ? panel_bytes_ : 0);
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
     const int64_t weight_bytes =
@@ -51,6 +58,7 @@ class ByInput {
     for (int64_t n = 0; n < threads_; ++n) {
       workers_[static_cast<size_t>(n)].piece =
           reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
+      workers_[static_cast<size_t>(n)].first_tap.resize(static_cast<size_t>(segment_ + 1));
     }
     const int64_t positions = plan_.slabs.most_reads * plan_.slabs.positions_per_read();
     task_lines_ = std::min(plan_.lines, divide_up(kPackTask, std::max<int64_t>(1, positions)));
@@ -78,9 +86,9 @@ class ByInput {
     Slab slab;
     PositionTaps taps[kAxes];
     std::vector<int64_t> linear_start;
-    std::vector<int64_t> kernel;  // k of each tap
-    int64_t first_tap[kSegment + 1];
-    A* piece;  // [segment][c_in of the block][f]
+    std::vector<int64_t> kernel;     // k of each tap
+    std::vector<int64_t> first_tap;  // of each position of a segment
+    A* piece;                        // [segment][c_in of the block][f]
   };
 
   // `number` counts within a slab.
@@ -192,13 +200,13 @@ class ByInput {
     const Range all = positions_of(g_, plan_.slabs, slab);
     const int64_t jobs = stage.last - stage.first;
     const int64_t wanted = divide_up(kUnitsPerThread * threads_, jobs);
-    const int64_t segments = divide_up(all.last - all.first, kSegment);
+    const int64_t segments = divide_up(all.last - all.first, segment_);
     // Neighbouring segments share lines of memory: better they have one writer.
     const int64_t strips = std::min(segments, wanted);
     const int64_t most_blocks =
         std::min(plan_.job_groups * plan_.blocks_per_group, batch.last - batch.first);
     const int64_t splits = std::min(most_blocks, divide_up(wanted, strips));
-    const int64_t cost = divide_up(segments, strips) * kSegment * plan_.lines *
+    const int64_t cost = divide_up(segments, strips) * segment_ * plan_.lines *
                          plan_.panels.most_width() * divide_up(most_blocks, splits) * plan_.columns;
     work_.share(jobs * strips * splits, cost, threads_, [&](int64_t thread, int64_t unit) {
       const int64_t split = unit % splits;
@@ -206,8 +214,8 @@ class ByInput {
       const int64_t panel = unit / splits / strips;
       const Job job = make_job(slab, stage.first + panel, panel);
       const Range some = {
-          all.first + strip * segments / strips * kSegment,
-          std::min(all.last, all.first + (strip + 1) * segments / strips * kSegment)};
+          all.first + strip * segments / strips * segment_,
+          std::min(all.last, all.first + (strip + 1) * segments / strips * segment_)};
       const Range blocks = blocks_of(job, batch);
       const int64_t count = blocks.last - blocks.first;
       if (count <= 0) return;
@@ -219,8 +227,8 @@ class ByInput {
 
   void multiply(const Job& job, Range batch, Range blocks, Range positions, Worker& worker) const {
     const typename Engine::Session session(engine_);
-    for (int64_t first = positions.first; first < positions.last; first += kSegment) {
-      const Range segment = {first, std::min(positions.last, first + kSegment)};
+    for (int64_t first = positions.first; first < positions.last; first += segment_) {
+      const Range segment = {first, std::min(positions.last, first + segment_)};
       list_taps(job, segment, worker);
       for (int64_t block = blocks.first; block < blocks.last; ++block) {
         multiply_piece(job, batch, block, segment, worker);
@@ -237,10 +245,11 @@ class ByInput {
     typename Engine::Task task = engine_.task(job.rows, channels);
     task.linear = job.panel + group * panel_positions(job.slab) * plan_.lines * width;
     task.weight = weight_of(block, batch);
+    const int64_t* first_tap = worker.first_tap.data();
     for (int64_t s = 0; s < segment.last - segment.first; ++s) {
-      task.linear_start = worker.linear_start.data() + worker.first_tap[s];
-      task.kernel = worker.kernel.data() + worker.first_tap[s];
-      task.taps = worker.first_tap[s + 1] - worker.first_tap[s];
+      task.linear_start = worker.linear_start.data() + first_tap[s];
+      task.kernel = worker.kernel.data() + first_tap[s];
+      task.taps = first_tap[s + 1] - first_tap[s];
       engine_.multiply(task, job.rows, channels, worker.piece + s * columns * width);
     }
     for (int64_t n = 0; n < channels; ++n) {
@@ -268,7 +277,8 @@ class ByInput {
         }
       }
       before = i;
-      worker.first_tap[position - segment.first] = static_cast<int64_t>(worker.linear_start.size());
+      worker.first_tap[static_cast<size_t>(position - segment.first)] =
+          static_cast<int64_t>(worker.linear_start.size());
       // Sizes of the panel's axes: those of the output, and the slab's reads on its axis.
       const int64_t size1 = plan_.slabs.axis == 1 ? reads : g_.axis[1].out;
       const int64_t size2 = plan_.slabs.axis == 2 ? reads : g_.axis[2].out;
@@ -283,7 +293,7 @@ class ByInput {
         });
       });
     }
-    worker.first_tap[segment.last - segment.first] =
+    worker.first_tap[static_cast<size_t>(segment.last - segment.first)] =
         static_cast<int64_t>(worker.linear_start.size());
   }
 
@@ -303,6 +313,7 @@ class ByInput {
   Element* weight_ = nullptr;
   char* panels_ = nullptr;
   int64_t panel_bytes_ = 0;
+  int64_t segment_ = 0;  // positions
   int64_t piece_bytes_ = 0;
   int64_t threads_ = 1;
   int64_t task_lines_ = 0;  // that make a task of packing

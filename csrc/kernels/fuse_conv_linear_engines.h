@@ -36,7 +36,6 @@ class Vectors {
  public:
   using Element = A;
   using Task = TileTask<A>;
-  static constexpr int64_t kSegment = 16;
 
   struct Session {
     explicit Session(const Vectors&) {}
@@ -106,7 +105,6 @@ class MatrixTiles {
  public:
   using Element = Pair;
   using Task = AmxTask;
-  static constexpr int64_t kSegment = 32;
 
   class Session {
    public:

@@ -65,7 +65,10 @@ class Work {
         turns(simd_kernels(simd_level())),
         linear_(static_cast<const T*>(params.linear_weight)),
         fused_(static_cast<T*>(params.weight)) {
-    advise_huge_pages(fused_, params.features * g.cols() * static_cast<int64_t>(sizeof(T)));
+    const int64_t bytes = params.features * g.cols() * static_cast<int64_t>(sizeof(T));
+    advise_huge_pages(fused_, bytes);
+    stream_ = bytes >= kLargeBlock;
+    if (stream_) populate(parallel_for, fused_, bytes);
     const int64_t lanes = tiles.lanes;
     bias_.assign(static_cast<size_t>(divide_up(params.features, lanes) * lanes), 0.0);
   }
@@ -85,6 +88,7 @@ class Work {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t item = next++; item < items; item = next++) visit(n, item);
       }
+      turns.finish();
     });
   }
 
@@ -115,6 +119,7 @@ class Work {
     task.count = count;
     task.to = fused_ + rows.first * g.cols() + channel * g.in_positions() + first;
     task.stride = g.cols();
+    task.stream = stream_;
     turns.unpack(task);
   }
 
@@ -216,6 +221,7 @@ class Work {
 
   const T* linear_;
   T* fused_;
+  bool stream_;
   std::vector<double> bias_;
   std::vector<double> sums_;  // [part][f]
   int64_t part_width_ = 0;

@@ -10,13 +10,16 @@
 #include <unistd.h>
 #endif
 
+#include "parallel.h"
+
 namespace linfuse {
+
+// Large enough that an allocator asks the system for it, and that the system's ways pay.
+constexpr int64_t kLargeBlock = int64_t{1} << 23;
 
 namespace detail {
 
 constexpr int64_t kHugePage = int64_t{1} << 21;
-// Large enough that an allocator asks the system for it, and that the system's ways pay.
-constexpr int64_t kLargeBlock = int64_t{1} << 23;
 
 struct Bytes {
   char* first;
@@ -82,7 +85,7 @@ inline void populate(Bytes pages) {
 // advice: where the system declines, nothing but time is lost.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < detail::kLargeBlock) return;
+  if (bytes < kLargeBlock) return;
   char* const first = static_cast<char*>(data);
   const detail::Bytes pages = detail::huge_pages_within({first, first + bytes});
   (void)madvise(pages.first, static_cast<size_t>(pages.size()), MADV_HUGEPAGE);
@@ -90,6 +93,17 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   (void)data;
   (void)bytes;
 #endif
+}
+
+// Gets the pages of a large block ahead of writers who will not go through it in order: what the
+// system clears is then out of the caches when they come.
+inline void populate(const ParallelFor& parallel_for, void* data, int64_t bytes) {
+  char* const first = static_cast<char*>(data);
+  const detail::Bytes pages = detail::huge_pages_within({first, first + bytes});
+  parallel_for(pages.size() / detail::kHugePage, 1, [&](int64_t begin, int64_t end) {
+    detail::populate(
+        {pages.first + begin * detail::kHugePage, pages.first + end * detail::kHugePage});
+  });
 }
 
 // Clears a block piece by piece, just ahead of a writer who goes through it in ascending order.
@@ -100,7 +114,7 @@ class ClearedAhead {
 
   ClearedAhead(void* first, void* last)
       : left_{static_cast<char*>(first), static_cast<char*>(last)}, zeros_{left_.last, left_.last} {
-    if (left_.size() < detail::kLargeBlock) return;
+    if (left_.size() < kLargeBlock) return;
     const detail::Bytes pages = detail::huge_pages_within(left_);
     if (pages.size() > 0 && detail::read_as_zeros(pages)) zeros_ = pages;
   }

@@ -2,6 +2,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "simd_kernels.h"
 

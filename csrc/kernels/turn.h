@@ -37,12 +37,17 @@ struct UnpackTask {
   int64_t count;
   T* to;
   int64_t stride;
+  // Whether to write past the caches: for results far larger than they are, where a store that
+  // misses waits for a line that nobody needs.
+  bool stream;
 };
 
 template <typename T>
 struct TurnSet {
   void (*pack)(const PackTask<T>& task);
   void (*unpack)(const UnpackTask<T>& task);
+  // Makes what was streamed visible to other threads.
+  void (*finish)();
 };
 
 }  // namespace linfuse

@@ -126,34 +126,68 @@ void pack(const PackTask<T>& task) {
   }
 }
 
-template <typename T>
-void unpack(const UnpackTask<T>& task) {
-  using A = Accumulate<T>;
-  constexpr int kLanes = Block<A>::kLanes;
+// Copies bytes; with `stream`, whole lines of memory past the caches.
+inline void copy_run(char* to, const char* from, int64_t bytes, bool stream) {
+#if defined(__SSE2__)
+  constexpr int64_t kLine = 64;
+  if (stream && bytes >= 2 * kLine) {
+    const int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (kLine - 1);
+    std::memcpy(to, from, static_cast<size_t>(head));
+    for (to += head, from += head, bytes -= head; bytes >= kLine; bytes -= kLine) {
+      for (int n = 0; n < 4; ++n, to += 16, from += 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      }
+    }
+  }
+#endif
+  (void)stream;
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+// Rows are put together a stretch at a time, so that each is written in long runs. `turn` does up
+// to kAtATime positions: (from, count, row 0 of what it writes to).
+constexpr int kStretch = 256;
+
+template <int kAtATime, typename T, typename Turn>
+inline void unpack_by(const UnpackTask<T>& task, const Turn& turn) {
+  constexpr int kLanes = Block<Accumulate<T>>::kLanes;
+  alignas(64) T lines[kLanes][kStretch];
   for (int64_t f = 0; f < task.rows; f += kLanes) {
     const int64_t rows = task.rows - f < kLanes ? task.rows - f : kLanes;
-    for (int64_t first = 0; first < task.count; first += kLanes) {
-      const int64_t count = task.count - first < kLanes ? task.count - first : kLanes;
-      const A* from = task.from + first * task.step + f;
-      T* to = task.to + f * task.stride + first;
-      Block<A> block;
-      load_block(from, task.step, count, block);
-      if (rows == kLanes && count == kLanes) {
-#pragma GCC unroll 16
-        for (int n = 0; n < kLanes; ++n) store_line<T>(to + n * task.stride, block.line[n]);
-        continue;
+    for (int64_t start = 0; start < task.count; start += kStretch) {
+      const int64_t some = task.count - start < kStretch ? task.count - start : kStretch;
+      for (int64_t first = 0; first < some; first += kAtATime) {
+        turn(task.from + (start + first) * task.step + f, some - first, &lines[0][first]);
       }
-      for (int n = 0; n < rows; ++n) {
-        T line[kLanes];
-        store_line<T>(line, block.line[n]);
-        std::memcpy(static_cast<void*>(to + n * task.stride), line,
-                    static_cast<size_t>(count) * sizeof(T));
+      for (int64_t n = 0; n < rows; ++n) {
+        copy_run(reinterpret_cast<char*>(task.to + (f + n) * task.stride + start),
+                 reinterpret_cast<const char*>(lines[n]), some * static_cast<int64_t>(sizeof(T)),
+                 task.stream);
       }
     }
   }
 }
 
 template <typename T>
+void unpack(const UnpackTask<T>& task) {
+  using A = Accumulate<T>;
+  constexpr int kLanes = Block<A>::kLanes;
+  unpack_by<kLanes>(task, [&](const A* from, int64_t count, T* to) {
+    Block<A> block;
+    load_block(from, task.step, count, block);
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) store_line<T>(to + n * kStretch, block.line[n]);
+  });
+}
+
+inline void finish() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
 TurnSet<T> make_turn_set() {
-  return {&pack<T>, &unpack<T>};
+  return {&pack<T>, &unpack<T>, &finish};
 }
