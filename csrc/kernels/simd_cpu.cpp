@@ -13,10 +13,11 @@
 namespace linfuse {
 namespace {
 
+#if defined(__x86_64__)
 // Whether the compiler, the processor and the system have what amx.h needs. The state of the tiles
 // is large, so Linux wants to be asked for it; what it grants holds for all threads of the process.
 bool amx_available() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
   if (amx_kernels() == nullptr) return false;
   unsigned a, b, c, d;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
@@ -36,6 +37,7 @@ bool amx_available() {
   return false;
 #endif
 }
+#endif
 
 SimdLevel decide() {
   const std::vector<SimdLevel> available = simd_levels_available();
