@@ -242,6 +242,9 @@ def test_what_is_not_finite_stays_where_it_belongs(dtype: torch.dtype, value: fl
             reached, _ = reference.fuse_conv_linear(*marked, *case.arguments(), **case.keywords())
             weight, bias = call(case, *tensors)
             assert torch.equal(weight.isfinite(), reached == 0)
+            # All are positive: infinity must not become NaN on its way.
+            spoiled = weight[reached != 0]
+            assert (spoiled.isnan() if value != torch.inf else spoiled == value).all()
             rows = torch.arange(19) == (place // clean[2].shape[1] if which == 2 else -1)
             assert torch.equal(bias.isfinite(), ~rows)
 
