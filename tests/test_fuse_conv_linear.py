@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_computes_what_the_two_layers_compute(case: Case, device: str) -> None:
 def test_any_number_of_rows(features: int, device: str) -> None:
     """Around the widths of a vector register, and none at all."""
     case = BY_NAME["asymmetric_stride"]
-    for dtype in (torch.float32, torch.float64):
+    for dtype in DTYPES:
         tensors = operands(case, dtype, features, device)
         weight, bias = call(case, *tensors)
         assert weight.shape == (features, case.geometry().cols) and bias.shape == (features,)
@@ -104,9 +105,22 @@ def test_any_number_of_channels(channels: int) -> None:
     """Every width of the register tile, alone and in combination."""
     case = Case("channels", "", (3, channels, 2, 3), (3, 7), padding=1)
     for features in (5, 40, 150):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in DTYPES:
             tensors = operands(case, dtype, features)
             assert_equals_the_reference(case, tensors, *call(case, *tensors))
+
+
+TAILS = (1, 15, 16, 17, 31, 33)
+
+
+@pytest.mark.parametrize("in_channels", TAILS)
+@pytest.mark.parametrize("out_channels", TAILS)
+def test_tails_of_every_dimension(out_channels: int, in_channels: int) -> None:
+    """Matrix tiles are cut to fit, or filled up with zeros; lines of positions end anywhere."""
+    for features, length in itertools.product(TAILS, (7, 70)):
+        case = Case("tails", "", (out_channels, in_channels, 3), (length,), padding=1)
+        tensors = operands(case, torch.bfloat16, features)
+        assert_equals_the_reference(case, tensors, *call(case, *tensors))
 
 
 # What makes the CPU cut the work in each of its ways, and (F, weight size, input size, the rest).
@@ -135,10 +149,12 @@ CUTS = {
     "shared slabs": (3, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
     "shared slabs, transposed": (5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2}),
     "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),
+    "shared, halves of weights in batches": (3, (1000, 1000, 3, 3), (2, 3), {"padding": 1}),
+    "sums longer than a register holds": (3, (9000, 20, 3), (3,), {"padding": 1}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
     """Against torch's convolution in float64; layers too large for the matrix of the reference."""
@@ -182,9 +198,10 @@ def test_biases_in_all_combinations(which: str, device: str) -> None:
     assert bias.any() == (which != "neither")
 
 
-def test_takes_operands_of_any_layout(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_takes_operands_of_any_layout(dtype: torch.dtype, device: str) -> None:
     case = BY_NAME["grouped_dilated"]
-    tensors = operands(case, device=device)
+    tensors = operands(case, dtype, features=35, device=device)
     expected = call(case, *tensors)
     conv_weight = tensors[0].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     linear_weight = tensors[2].T.contiguous().T
@@ -193,9 +210,10 @@ def test_takes_operands_of_any_layout(device: str) -> None:
     assert all(torch.equal(one, two) for one, two in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FEW, ids=names)
-def test_bits_do_not_depend_on_the_threads(case: Case) -> None:
-    tensors = operands(case, torch.float32, features=70)
+def test_bits_do_not_depend_on_the_threads(case: Case, dtype: torch.dtype) -> None:
+    tensors = operands(case, dtype, features=70)
     before = torch.get_num_threads()
     results = []
     try:
@@ -217,6 +235,28 @@ def test_not_a_number_stays_in_its_row(device: str) -> None:
     poisoned[1] = True
     assert torch.equal(bias.isnan(), poisoned)
     assert torch.equal(weight.isnan().any(1), poisoned)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_where_it_belongs(dtype: torch.dtype, value: float) -> None:
+    """Nothing is multiplied with the zeros that fill up vectors and tiles, or with padding."""
+    case = Case("poisoned", "", (5, 18, 3, 2), (4, 35), padding=(1, 0), stride=(1, 2))
+    clean = [None if t is None else t.abs() + 0.5 for t in operands(case, dtype, features=19)]
+    for which in (0, 2):
+        for place in range(0, clean[which].numel(), clean[which].numel() // 7):
+            tensors = [None if t is None else t.clone() for t in clean]
+            tensors[which].view(-1)[place] = value
+            marked = [torch.ones_like(t, dtype=torch.float64) for t in clean]
+            marked[which].zero_().view(-1)[place] = 1
+            reached, _ = reference.fuse_conv_linear(*marked, *case.arguments(), **case.keywords())
+            weight, bias = call(case, *tensors)
+            assert torch.equal(weight.isfinite(), reached == 0)
+            # All are positive: infinity must not become NaN on its way.
+            spoiled = weight[reached != 0]
+            assert (spoiled.isnan() if value != torch.inf else spoiled == value).all()
+            rows = torch.arange(19) == (place // clean[2].shape[1] if which == 2 else -1)
+            assert torch.equal(bias.isfinite(), ~rows)
 
 
 @pytest.mark.parametrize("case", CASES, ids=names)

@@ -20,40 +20,41 @@ namespace {
 
 constexpr int64_t kPieceBytes = int64_t{192} << 10;
 constexpr int64_t kSegmentTaps = int64_t{1} << 16;
-// Segments are of whole lines of memory.
-template <typename T>
-constexpr int64_t kSegmentStep = 64 / static_cast<int64_t>(sizeof(T));
+// Segments are of so many positions, but for the last: as many as are turned at a time, and whole
+// lines of memory.
+constexpr int64_t kSegmentStep = 32;
 constexpr int64_t kUnitsPerThread = 8;
 // Elements of a row that make a task of packing.
 constexpr int64_t kPackTask = 4096;
 
-template <typename T>
+template <typename T, typename Engine>
 class ByInput {
   using A = Accumulate<T>;
+  using Element = typename Engine::Element;
 
  public:
   ByInput(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
           const Allocate& allocate)
       : work_(params, parallel_for),
         g_(work_.g),
-        plan_(make_plan<A>(g_, params.features, sizeof(T), work_.tiles)) {
-    constexpr int64_t kSize = sizeof(A);
-    panel_bytes_ = aligned(plan_.panel_size() * kSize);
-    const int64_t position_bytes = plan_.most_in_block() * plan_.panels.most_width() * kSize;
+        engine_(work_),
+        plan_(make_plan(g_, params.features, sizeof(T), engine_.shape())) {
+    panel_bytes_ = aligned(plan_.panel_size() * int64_t{sizeof(Element)});
+    const int64_t position_bytes = plan_.columns * plan_.panels.most_width() * int64_t{sizeof(A)};
     const int64_t positions_of_slab = inner_in(g_, plan_.slabs) * plan_.slabs.length;
     const int64_t most =
         std::min(kPieceBytes / position_bytes, kSegmentTaps / plan_.kernel_positions);
-    const int64_t segments = divide_up(positions_of_slab, std::max(kSegmentStep<T>, most));
-    segment_ = divide_up(divide_up(positions_of_slab, segments), kSegmentStep<T>) * kSegmentStep<T>;
+    const int64_t segments = divide_up(positions_of_slab, std::max(kSegmentStep, most));
+    segment_ = divide_up(divide_up(positions_of_slab, segments), kSegmentStep) * kSegmentStep;
     piece_bytes_ = aligned(segment_ * position_bytes);
     stream_ = !plan_.alone && plan_.stage * panel_bytes_ >= kLargeBlock;
     const int64_t own_bytes = piece_bytes_ + (plan_.alone ? panel_bytes_ : 0);
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
-    const int64_t weight_bytes = aligned(plan_.batch * plan_.most_in_block() *
-                                         plan_.kernel_positions * plan_.out_channels * kSize);
+    const int64_t weight_bytes =
+        aligned(plan_.batch * plan_.block_weights() * int64_t{sizeof(Element)});
     const int64_t panels_bytes = panel_bytes_ * (plan_.alone ? threads_ : plan_.stage);
     const int64_t bytes = weight_bytes + panels_bytes + piece_bytes_ * threads_;
-    weight_ = reinterpret_cast<A*>(allocate(bytes));
+    weight_ = reinterpret_cast<Element*>(allocate(bytes));
     advise_huge_pages(weight_, bytes);
     panels_ = reinterpret_cast<char*>(weight_) + weight_bytes;
     workers_.resize(static_cast<size_t>(threads_));
@@ -62,9 +63,9 @@ class ByInput {
           reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
       workers_[static_cast<size_t>(n)].first_tap.resize(static_cast<size_t>(segment_ + 1));
     }
-    task_channels_ =
-        std::min(plan_.out_channels, divide_up(kPackTask, std::max<int64_t>(1, panel_positions())));
-    group_tasks_ = divide_up(plan_.out_channels, task_channels_);
+    task_lines_ =
+        std::min(plan_.lines, divide_up(kPackTask, std::max<int64_t>(1, panel_positions())));
+    group_tasks_ = divide_up(plan_.lines, task_lines_);
     work_.make_parts(
         plan_.alone ? plan_.stretches * plan_.jobs_per_slab() : plan_.stage * job_tasks(),
         plan_.panels.most_width());
@@ -81,7 +82,7 @@ class ByInput {
     const Slab& slab;
     Range groups;
     Rows rows;
-    A* panel;
+    Element* panel;
   };
 
   // What a thread keeps from one piece of work to the next.
@@ -100,7 +101,7 @@ class ByInput {
     return {slab,
             {group, std::min(plan_.groups, group + plan_.job_groups)},
             plan_.panels.rows(number / plan_.jobs_per_panel()),
-            reinterpret_cast<A*>(panels_ + panel * panel_bytes_)};
+            reinterpret_cast<Element*>(panels_ + panel * panel_bytes_)};
   }
 
   Worker& worker(int64_t thread) { return workers_[static_cast<size_t>(thread)]; }
@@ -147,37 +148,26 @@ class ByInput {
     }
   }
 
-  int64_t panel_positions() const { return plan_.slabs.lines * plan_.slabs.positions_per_read(); }
+  int64_t panel_positions() const { return plan_.slabs.room * plan_.slabs.positions_per_read(); }
 
   Range blocks_of(const Job& job, Range batch) const {
     return {std::max(batch.first, job.groups.first * plan_.blocks_per_group),
             std::min(batch.last, job.groups.last * plan_.blocks_per_group)};
   }
 
-  // Weights of a batch as [block][k][c_out][c_in of the block].
   void pack_weight(Range batch) const {
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    const int64_t cost = plan_.kernel_positions * plan_.out_channels * plan_.most_in_block();
-    for_each(work_.parallel_for, batch.last - batch.first, cost, [&](int64_t n) {
+    for_each(work_.parallel_for, batch.last - batch.first, plan_.block_weights(), [&](int64_t n) {
       const int64_t block = batch.first + n;
-      const int64_t size = plan_.block_size(block);
-      A* packed = weight_of(block, batch);
-      for (int64_t c = 0; c < plan_.out_channels; ++c) {
-        const int64_t c_out = block / plan_.blocks_per_group * plan_.out_channels + c;
-        for (int64_t c_in = 0; c_in < size; ++c_in) {
-          const T* kernel = weight + g_.weight_index(c_out, plan_.block_start(block) + c_in);
-          for (int64_t k = 0; k < plan_.kernel_positions; ++k) {
-            packed[(k * plan_.out_channels + c) * size + c_in] = static_cast<A>(kernel[k]);
-          }
-        }
-      }
+      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group), plan_.block_start(block),
+                          plan_.block_size(block), weight_of(block, batch));
     });
   }
 
-  A* weight_of(int64_t block, Range batch) const {
-    const int64_t channels = plan_.channels_before(block) - plan_.channels_before(batch.first);
-    return weight_ + channels * plan_.kernel_positions * plan_.out_channels;
+  Element* weight_of(int64_t block, Range batch) const {
+    return weight_ + (block - batch.first) * plan_.block_weights();
   }
+
+  int64_t first_c_out(int64_t group) const { return group * g_.out_channels_per_group(); }
 
   // Tasks of packing a job, and the most that one has.
   int64_t tasks(const Job& job) const {
@@ -187,7 +177,7 @@ class ByInput {
 
   void pack_stage(const Slab& slab, Range stage) {
     const int64_t items = (stage.last - stage.first) * job_tasks();
-    const int64_t cost = task_channels_ * panel_positions() * plan_.panels.most_width();
+    const int64_t cost = task_lines_ * panel_positions() * plan_.panels.most_width();
     for_each(work_.parallel_for, items, cost, [&](int64_t n) {
       const Job job = make_job(slab, stage.first + n / job_tasks(), n / job_tasks());
       if (n % job_tasks() < tasks(job)) pack_task(job, n % job_tasks(), work_.start_part(n));
@@ -198,19 +188,18 @@ class ByInput {
     }
   }
 
-  // Some output channels of a group.
+  // Some lines of a group.
   void pack_task(const Job& job, int64_t task, double* sums) const {
     const int64_t group = task / group_tasks_;
-    const int64_t start = task % group_tasks_ * task_channels_;
-    const int64_t stop = std::min(plan_.out_channels, start + task_channels_);
-    const int64_t c_out = (job.groups.first + group) * plan_.out_channels;
-    const int64_t step = plan_.out_channels * job.rows.width;
-    A* panel = job.panel + group * panel_positions() * step + start * job.rows.width;
+    const int64_t start = task % group_tasks_ * task_lines_;
+    const Range lines = {start, std::min(plan_.lines, start + task_lines_)};
+    const int64_t step = plan_.lines * job.rows.width;
+    Element* panel = job.panel + group * panel_positions() * step + start * job.rows.width;
     for (const Run& run : job.slab.runs) {
       double* run_sums = run.counts ? sums : nullptr;
       if (run.slot < 0 && run_sums == nullptr) continue;
-      work_.pack(job.rows, {c_out + start, c_out + stop}, run.source, run.count,
-                 run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums, stream_);
+      engine_.pack(job.rows, first_c_out(job.groups.first + group), lines, run.source, run.count,
+                   run.slot < 0 ? nullptr : panel + run.slot * step, step, run_sums, stream_);
     }
     if (stream_) work_.turns.finish();
   }
@@ -225,9 +214,8 @@ class ByInput {
     const int64_t most_blocks =
         std::min(plan_.job_groups * plan_.blocks_per_group, batch.last - batch.first);
     const int64_t splits = std::min(most_blocks, divide_up(wanted, strips));
-    const int64_t cost = divide_up(segments, strips) * segment_ * plan_.out_channels *
-                         plan_.panels.most_width() * divide_up(most_blocks, splits) *
-                         plan_.most_in_block();
+    const int64_t cost = divide_up(segments, strips) * segment_ * plan_.lines *
+                         plan_.panels.most_width() * divide_up(most_blocks, splits) * plan_.columns;
     work_.share(jobs * strips * splits, cost, threads_, [&](int64_t thread, int64_t unit) {
       const int64_t split = unit % splits;
       const int64_t strip = unit / splits % strips;
@@ -246,6 +234,7 @@ class ByInput {
   }
 
   void multiply(const Job& job, Range batch, Range blocks, Range positions, Worker& worker) const {
+    const typename Engine::Session session(engine_);
     for (int64_t first = positions.first; first < positions.last; first += segment_) {
       const Range segment = {first, std::min(positions.last, first + segment_)};
       list_taps(job, segment, worker);
@@ -259,22 +248,20 @@ class ByInput {
                       Worker& worker) const {
     const int64_t channels = plan_.block_size(block);
     const int64_t width = job.rows.width;
+    const int64_t columns = engine_.columns(channels);
     const int64_t group = block / plan_.blocks_per_group - job.groups.first;
-    const Tile<A> tile = work_.tiles.tile[job.rows.vectors][channels];
-    TileTask<A> task = {};
-    task.linear = job.panel + group * panel_positions() * plan_.out_channels * width;
+    typename Engine::Task task = engine_.task(job.rows, channels);
+    task.linear = job.panel + group * panel_positions() * plan_.lines * width;
     task.weight = weight_of(block, batch);
-    task.weight_step = plan_.out_channels * channels;
-    task.channels = plan_.out_channels;
     const int64_t* first_tap = worker.first_tap.data();
     for (int64_t s = 0; s < segment.last - segment.first; ++s) {
       task.linear_start = worker.linear_start.data() + first_tap[s];
       task.kernel = worker.kernel.data() + first_tap[s];
       task.taps = first_tap[s + 1] - first_tap[s];
-      tile(task, worker.piece + s * channels * width);
+      engine_.multiply(task, job.rows, channels, worker.piece + s * columns * width);
     }
     for (int64_t n = 0; n < channels; ++n) {
-      work_.unpack(job.rows, worker.piece + n * width, channels * width,
+      work_.unpack(job.rows, worker.piece + n * width, columns * width,
                    plan_.channels_before(block) + n, segment.first, segment.last - segment.first);
     }
   }
@@ -282,7 +269,7 @@ class ByInput {
   // Where the operands of every tap of a segment begin: in the panel, and among the kernel
   // elements.
   void list_taps(const Job& job, Range segment, Worker& worker) const {
-    const int64_t step = plan_.out_channels * job.rows.width;
+    const int64_t step = plan_.lines * job.rows.width;
     worker.linear_start.clear();
     worker.kernel.clear();
     Position before = {{-1, -1, -1}};
@@ -300,8 +287,8 @@ class ByInput {
       worker.first_tap[static_cast<size_t>(position - segment.first)] =
           static_cast<int64_t>(worker.linear_start.size());
       // Sizes of the panel's axes: those of the output, and its lines on the axis of the slabs.
-      const int64_t size1 = plan_.slabs.axis == 1 ? plan_.slabs.lines : g_.axis[1].out;
-      const int64_t size2 = plan_.slabs.axis == 2 ? plan_.slabs.lines : g_.axis[2].out;
+      const int64_t size1 = plan_.slabs.axis == 1 ? plan_.slabs.room : g_.axis[1].out;
+      const int64_t size2 = plan_.slabs.axis == 2 ? plan_.slabs.room : g_.axis[2].out;
       for_each_tap(worker.taps[0], [&](int64_t o0, int64_t k0) {
         for_each_tap(worker.taps[1], [&](int64_t o1, int64_t k1) {
           const int64_t o_line = (o0 * size1 + o1) * size2;
@@ -328,15 +315,16 @@ class ByInput {
 
   Work<T> work_;
   const Geometry& g_;
+  const Engine engine_;
   const Plan plan_;
-  A* weight_ = nullptr;
+  Element* weight_ = nullptr;
   char* panels_ = nullptr;
   int64_t panel_bytes_ = 0;
   int64_t segment_ = 0;  // positions
   bool stream_ = false;  // whether panels are larger than a core's own cache
   int64_t piece_bytes_ = 0;
   int64_t threads_ = 1;
-  int64_t task_channels_ = 0;  // output channels that make a task of packing
+  int64_t task_lines_ = 0;  // that make a task of packing
   int64_t group_tasks_ = 0;
   std::vector<Worker> workers_;
 };
@@ -345,8 +333,16 @@ class ByInput {
 
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate) {
-  dispatch(params.dtype,
-           [&](auto zero) { ByInput<decltype(zero)>(params, parallel_for, allocate).run(); });
+  dispatch(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (fits_matrix_tiles(params)) {
+        ByInput<T, MatrixTiles<T>>(params, parallel_for, allocate).run();
+        return;
+      }
+    }
+    ByInput<T, Vectors<T>>(params, parallel_for, allocate).run();
+  });
 }
 
 }  // namespace linfuse

@@ -15,12 +15,15 @@
 #include <cstring>
 
 #include "fuse_conv_linear_by_output.h"
+#include "fuse_conv_linear_engines.h"
 
 namespace linfuse {
 namespace {
 
 // Where tiles would be narrow by input, and long enough by output for the adding not to show.
 constexpr int64_t kMostInChannels = 4;
+// The same where the other way has matrix tiles.
+constexpr int64_t kMostInChannelsForTiles = 1;
 constexpr int64_t kLeastOutChannels = 16;
 
 constexpr int64_t kResultBytes = int64_t{2} << 20;
@@ -247,7 +250,9 @@ bool fits_by_output(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
   const int64_t weight_bytes = g.out_channels * g.in_channels_per_group() * g.kernel_positions() *
                                static_cast<int64_t>(sizeof(double));
-  return !g.transposed && g.in_channels_per_group() <= kMostInChannels &&
+  const int64_t most_in_channels =
+      fits_matrix_tiles(params) ? kMostInChannelsForTiles : kMostInChannels;
+  return !g.transposed && g.in_channels_per_group() <= most_in_channels &&
          g.out_channels_per_group() >= kLeastOutChannels && weight_bytes <= kMostWeightBytes;
 }
 

@@ -1,10 +1,43 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "amx.h"
 #include "simd.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace linfuse {
 namespace {
+
+#if defined(__x86_64__)
+// Whether the compiler, the processor and the system have what amx.h needs. The state of the tiles
+// is large, so Linux wants to be asked for it; what it grants holds for all threads of the process.
+bool amx_available() {
+#if defined(__linux__)
+  if (amx_kernels() == nullptr) return false;
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kBFloat16) == 0 || (d & kTile) == 0) return false;
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512bf16")) {
+    return false;
+  }
+  // These names are newer than some headers.
+  constexpr long kGetPermission = 0x1022, kRequestPermission = 0x1023, kTileData = 18;
+  unsigned long permitted = 0;
+  syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+  return syscall(SYS_arch_prctl, kGetPermission, &permitted) == 0 &&
+         (permitted >> kTileData & 1) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 SimdLevel decide() {
   const std::vector<SimdLevel> available = simd_levels_available();
@@ -32,7 +65,10 @@ std::vector<SimdLevel> simd_levels_available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     levels.push_back(SimdLevel::kAvx2);
-    if (__builtin_cpu_supports("avx512f")) levels.push_back(SimdLevel::kAvx512);
+    if (__builtin_cpu_supports("avx512f")) {
+      levels.push_back(SimdLevel::kAvx512);
+      if (amx_available()) levels.push_back(SimdLevel::kAmx);
+    }
   }
 #endif
   return levels;
@@ -40,6 +76,8 @@ std::vector<SimdLevel> simd_levels_available() {
 
 const char* simd_name(SimdLevel level) {
   switch (level) {
+    case SimdLevel::kAmx:
+      return "amx";
     case SimdLevel::kAvx2:
       return "avx2";
     case SimdLevel::kAvx512:

@@ -17,9 +17,11 @@ struct SimdKernels : TileSet<float>,
 const SimdKernels& simd_kernels_baseline();
 const SimdKernels& simd_kernels_avx2();
 const SimdKernels& simd_kernels_avx512();
+const SimdKernels& simd_kernels_amx();
 
 inline const SimdKernels& simd_kernels(SimdLevel level) {
 #if defined(__x86_64__)
+  if (level == SimdLevel::kAmx) return simd_kernels_amx();
   if (level == SimdLevel::kAvx512) return simd_kernels_avx512();
   if (level == SimdLevel::kAvx2) return simd_kernels_avx2();
 #endif

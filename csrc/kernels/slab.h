@@ -27,7 +27,7 @@ struct Slabs {
   int64_t inner;   // output positions on the axes inside it
   int64_t length;  // input positions of a slab on the axis
   int64_t count;
-  int64_t lines;  // that a panel has room for: those of any slab, or more
+  int64_t room;  // lines that a panel has room for: those of any slab, or more
 
   int64_t positions_per_read() const { return outer * inner; }
 };
@@ -103,11 +103,11 @@ inline Range range_of_slab(const Geometry& g, const Slabs& slabs, int64_t number
 // False where a slab would read more than `most` lines.
 inline bool measure_slabs(const Geometry& g, int64_t most, Slabs& slabs) {
   slabs.count = divide_up(g.axis[slabs.axis].in, slabs.length);
-  slabs.lines = 0;
+  slabs.room = 0;
   std::vector<int64_t> reads;
   for (int64_t number = 0; number < slabs.count; ++number) {
     if (!list_reads(g, slabs.axis, range_of_slab(g, slabs, number), most, reads)) return false;
-    slabs.lines = std::max(slabs.lines, static_cast<int64_t>(reads.size()));
+    slabs.room = std::max(slabs.room, static_cast<int64_t>(reads.size()));
   }
   return true;
 }
@@ -208,7 +208,7 @@ inline void start_stretch(const Geometry& g, const Slabs& slabs, Range some, Sla
   slab.counted.assign(static_cast<size_t>(slab.share.last - slab.share.first), char{0});
   slab.held.clear();
   slab.free_slots.clear();
-  for (int64_t slot = slabs.lines - 1; slot >= 0; --slot) slab.free_slots.push_back(slot);
+  for (int64_t slot = slabs.room - 1; slot >= 0; --slot) slab.free_slots.push_back(slot);
 }
 
 // Goes on to the slab `number`.
@@ -231,7 +231,7 @@ inline void next_slab(const Geometry& g, const Slabs& slabs, int64_t number, Sla
   for (int64_t n = 0; n < slabs.outer; ++n) {
     for (size_t f = 0; f < fresh.size(); ++f) {
       detail::add_run(n * g.axis[slabs.axis].out + fresh[f].line,
-                      fresh[f].slot < 0 ? -1 : n * slabs.lines + fresh[f].slot, counts[f],
+                      fresh[f].slot < 0 ? -1 : n * slabs.room + fresh[f].slot, counts[f],
                       slabs.inner, slab.runs);
     }
   }

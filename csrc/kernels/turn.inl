@@ -171,22 +171,20 @@ inline void copy_run(char* to, const char* from, int64_t bytes, bool stream) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-// Rows are put together a stretch at a time, so that each is written in long runs.
-template <typename T>
-void unpack(const UnpackTask<T>& task) {
-  using A = Accumulate<T>;
-  constexpr int kLanes = Block<A>::kLanes;
-  constexpr int kStretch = 256;
+// Rows are put together a stretch at a time, so that each is written in long runs. `turn` does up
+// to kAtATime positions: (from, count, row 0 of what it writes to).
+constexpr int kStretch = 256;
+
+template <int kAtATime, typename T, typename Turn>
+inline void unpack_by(const UnpackTask<T>& task, const Turn& turn) {
+  constexpr int kLanes = Block<Accumulate<T>>::kLanes;
   alignas(64) T lines[kLanes][kStretch];
   for (int64_t f = 0; f < task.rows; f += kLanes) {
     const int64_t rows = task.rows - f < kLanes ? task.rows - f : kLanes;
     for (int64_t start = 0; start < task.count; start += kStretch) {
       const int64_t some = task.count - start < kStretch ? task.count - start : kStretch;
-      for (int64_t first = 0; first < some; first += kLanes) {
-        Block<A> block;
-        load_block(task.from + (start + first) * task.step + f, task.step, some - first, block);
-#pragma GCC unroll 16
-        for (int n = 0; n < kLanes; ++n) store_line<T>(&lines[n][first], block.line[n]);
+      for (int64_t first = 0; first < some; first += kAtATime) {
+        turn(task.from + (start + first) * task.step + f, some - first, &lines[0][first]);
       }
       for (int64_t n = 0; n < rows; ++n) {
         copy_run(reinterpret_cast<char*>(task.to + (f + n) * task.stride + start),
@@ -195,6 +193,18 @@ void unpack(const UnpackTask<T>& task) {
       }
     }
   }
+}
+
+template <typename T>
+void unpack(const UnpackTask<T>& task) {
+  using A = Accumulate<T>;
+  constexpr int kLanes = Block<A>::kLanes;
+  unpack_by<kLanes>(task, [&](const A* from, int64_t count, T* to) {
+    Block<A> block;
+    load_block(from, task.step, count, block);
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) store_line<T>(to + n * kStretch, block.line[n]);
+  });
 }
 
 inline void finish() {

@@ -1,0 +1,243 @@
+// What multiplies in fuse_conv_linear_by_input_cpu.cpp: an engine says how a panel and the weights
+// are packed, and computes the sums of one input position. Terms, besides those of
+// fuse_conv_linear_plan.h
+//
+//   line     `width` neighbouring elements of a panel: all that one step of a product reads of it
+//   columns  of the sums of a block: its input channels, or more
+//
+// Vectors serves all types and machines: a line is one output channel, in Accumulate<T> (tile.h).
+// MatrixTiles serves bfloat16 where the machine has AMX: a line is a pair of output channels
+// (amx.h).
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "amx.h"
+#include "fuse_conv_linear_work.h"
+
+namespace linfuse {
+
+// What the plan must know of an engine.
+struct EngineShape {
+  int64_t element_bytes;  // of panels and weights
+  int64_t lanes;          // of a vector of f
+  int64_t lines;          // of one output position of a group
+  int64_t blocks;         // of a group's input channels
+  int64_t columns;        // of the sums of a block
+  int64_t weights;        // elements of a block's weights at one k
+  int64_t most_vectors;   // of a panel
+};
+
+template <typename T>
+class Vectors {
+  using A = Accumulate<T>;
+
+ public:
+  using Element = A;
+  using Task = TileTask<A>;
+
+  struct Session {
+    explicit Session(const Vectors&) {}
+  };
+
+  explicit Vectors(const Work<T>& work) : work_(work) {}
+
+  EngineShape shape() const {
+    const int64_t in_channels = work_.g.in_channels_per_group();
+    EngineShape shape = {};
+    shape.element_bytes = sizeof(Element);
+    shape.lanes = work_.tiles.lanes;
+    shape.lines = work_.g.out_channels_per_group();
+    shape.blocks = divide_up(in_channels, work_.tiles.most_channels);
+    shape.columns = divide_up(in_channels, shape.blocks);
+    shape.weights = shape.lines * shape.columns;
+    // A register for each sum of the largest block.
+    shape.most_vectors = work_.tiles.most_vectors(shape.columns);
+    return shape;
+  }
+
+  // Some lines of a group whose first output channel is `c_out`.
+  void pack(const Rows& rows, int64_t c_out, Range lines, int64_t source, int64_t count,
+            Element* to, int64_t step, double* sums, bool stream) const {
+    work_.pack(rows, {c_out + lines.first, c_out + lines.last}, source, count, to, step, sums,
+               stream);
+  }
+
+  // The weights of `channels` input channels from c_in on, as [k][c_out][c_in].
+  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
+    const Geometry& g = work_.g;
+    const T* weight = static_cast<const T*>(work_.params.conv_weight);
+    const int64_t out_channels = g.out_channels_per_group();
+    for (int64_t c = 0; c < out_channels; ++c) {
+      for (int64_t n = 0; n < channels; ++n) {
+        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
+        for (int64_t k = 0; k < g.kernel_positions(); ++k) {
+          packed[(k * out_channels + c) * channels + n] = static_cast<A>(kernel[k]);
+        }
+      }
+    }
+  }
+
+  // All of a task but the operands.
+  Task task(const Rows&, int64_t channels) const {
+    Task task = {};
+    task.channels = work_.g.out_channels_per_group();
+    task.weight_step = task.channels * channels;
+    return task;
+  }
+
+  int64_t columns(int64_t channels) const { return channels; }
+
+  // [c_in][f]
+  void multiply(const Task& task, const Rows& rows, int64_t channels, A* sums) const {
+    work_.tiles.tile[rows.vectors][channels](task, sums);
+  }
+
+ private:
+  const Work<T>& work_;
+};
+
+template <typename T>
+class MatrixTiles {
+  static constexpr int kChannels = AmxPairs<T>::kChannels;
+  static constexpr int kFactors = AmxPairs<T>::kFactors;
+
+ public:
+  using Element = Pair;
+  using Task = AmxTask;
+
+  class Session {
+   public:
+    explicit Session(const MatrixTiles& engine) : kernels_(engine.kernels_) {
+      kernels_.start(engine.registers_);
+    }
+    ~Session() { kernels_.stop(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+   private:
+    const AmxKernels& kernels_;
+  };
+
+  explicit MatrixTiles(const Work<T>& work)
+      : work_(work),
+        kernels_(*amx_kernels()),
+        pairs_(divide_up(work.g.out_channels_per_group(), kChannels)),
+        parts_(divide_up(pairs_, Amx::kMostRows)),
+        depth_(divide_up(pairs_, parts_)),
+        blocks_(divide_up(work.g.in_channels_per_group(), Amx::kMostRows * Amx::kMostTiles)),
+        tiles_(divide_up(most_in_block(), Amx::kMostRows)),
+        rows_(divide_up(most_in_block(), tiles_)),
+        registers_(rows_, depth_) {}
+
+  EngineShape shape() const {
+    EngineShape shape = {};
+    shape.element_bytes = sizeof(Element);
+    shape.lanes = Amx::kLanes;
+    shape.lines = parts_ * depth_;
+    shape.blocks = blocks_;
+    shape.columns = tiles_ * rows_;
+    shape.weights = shape.lines * kFactors * shape.columns;
+    shape.most_vectors = kMostVectors;
+    return shape;
+  }
+
+  void pack(const Rows& rows, int64_t c_out, Range lines, int64_t source, int64_t count,
+            Element* to, int64_t step, double* sums, bool stream) const {
+    const FuseConvLinearParams& params = work_.params;
+    const int64_t first = kChannels * lines.first;
+    const int64_t channel = c_out + first;
+    const int64_t positions = work_.g.out_positions();
+    AmxPackTask<T> task = {};
+    task.row_stride = params.linear_stride[0];
+    task.position_stride = params.linear_stride[1];
+    task.channel_stride = positions * task.position_stride;
+    task.from = static_cast<const T*>(params.linear_weight) + rows.first * task.row_stride +
+                channel * task.channel_stride + source * task.position_stride;
+    task.rows = rows.count;
+    task.vectors = static_cast<int>(rows.vectors);
+    task.count = count;
+    task.channels = work_.g.out_channels_per_group() - first;
+    task.lines = lines.last - lines.first;
+    task.to = to;
+    task.step = step;
+    task.width = rows.width;
+    task.stream = stream;
+    task.sums = sums;
+    task.scale = static_cast<const T*>(params.conv_bias) + (sums == nullptr ? 0 : channel);
+    kernels_.AmxTurns<T>::pack(task);
+  }
+
+  // As [k][part][factor][tile][c_in of the tile][depth]; what no channel has is zero.
+  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
+    const Geometry& g = work_.g;
+    const T* weight = static_cast<const T*>(work_.params.conv_weight);
+    const int64_t positions = g.kernel_positions();
+    const int64_t factor_size = tiles_ * rows_ * depth_;
+    const int64_t step = parts_ * kFactors * factor_size;
+    std::memset(static_cast<void*>(packed), 0,
+                static_cast<size_t>(positions * step) * sizeof(Pair));
+    for (int64_t c = 0; c < g.out_channels_per_group(); ++c) {
+      const int64_t line = c / kChannels;
+      Pair* column = packed + line / depth_ * kFactors * factor_size + line % depth_;
+      for (int64_t n = 0; n < channels; ++n) {
+        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
+        for (int64_t k = 0; k < positions; ++k) {
+          Pair* to = column + k * step + n * depth_;
+          if constexpr (kFactors == 1) {
+            to->half[c % kChannels] = kernel[k];
+          } else {
+            const Pair parts = split(kernel[k]);
+            to[0] = {parts.half[0], parts.half[0]};
+            to[factor_size] = {parts.half[1], parts.half[1]};
+          }
+        }
+      }
+    }
+  }
+
+  Task task(const Rows& rows, int64_t) const {
+    Task task = {};
+    task.weight_step = parts_ * kFactors * tiles_ * rows_ * depth_;
+    task.parts = parts_;
+    task.factors = kFactors;
+    task.depth = depth_;
+    task.rows = rows_;
+    task.width = rows.width;
+    return task;
+  }
+
+  int64_t columns(int64_t) const { return tiles_ * rows_; }
+
+  void multiply(Task task, const Rows& rows, int64_t, float* sums) const {
+    for (int64_t v = 0; v < rows.vectors; v += Amx::kMostTiles) {
+      const int64_t some = std::min<int64_t>(Amx::kMostTiles, rows.vectors - v);
+      kernels_.multiply[tiles_][some](task, sums + v * Amx::kLanes);
+      task.linear += some * Amx::kLanes;
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostVectors = 2;
+
+  int64_t most_in_block() const { return divide_up(work_.g.in_channels_per_group(), blocks_); }
+
+  const Work<T>& work_;
+  const AmxKernels& kernels_;
+  int64_t pairs_;
+  int64_t parts_;
+  int64_t depth_;
+  int64_t blocks_;
+  int64_t tiles_;
+  int64_t rows_;
+  AmxShapes registers_;
+};
+
+// They win even where they are far from full; only a single output channel makes no pair.
+inline bool fits_matrix_tiles(const FuseConvLinearParams& params) {
+  return element_size(params.dtype) == 2 && simd_level() == SimdLevel::kAmx &&
+         params.geometry.out_channels_per_group() > 1;
+}
+
+}  // namespace linfuse
