@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,26 +55,20 @@ def assert_equals_the_reference(case: Case, tensors, weight, bias) -> None:
     assert_close(bias, exact[1], magnitude[1], geometry.rows + 1)
 
 
+@pytest.fixture(params=["own", "torch"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.set_engine(request.param)
+    yield request.param
+    _C.set_engine(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=names)
-def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str, engine: str) -> None:
     tensors = operands(case, dtype, device=device)
     weight, bias = call(case, *tensors)
     assert weight.dtype == bias.dtype == dtype
     assert weight.is_contiguous() and bias.is_contiguous()
-    assert_equals_the_reference(case, tensors, weight, bias)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=names)
-def test_engine_by_torch_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
-    """The engine of CUDA runs anywhere; here on the CPU."""
-    tensors = operands(case, dtype)
-    geometry = case.geometry()
-    weight, bias = fuse_conv_linear_by_torch(
-        *tensors, *geometry.op_arguments, **geometry.op_keywords
-    )
-    assert weight.dtype == bias.dtype == dtype
     assert_equals_the_reference(case, tensors, weight, bias)
 
 
@@ -486,3 +481,45 @@ def test_unknown_simd_level_is_an_error() -> None:
     assert result.returncode != 0
     assert "LINFUSE_SIMD must be one of the levels of this machine" in result.stderr
     assert "got 'mmx'" in result.stderr
+
+
+def test_engines_go_by_name(engine: str) -> None:
+    assert _C.set_engine("auto") == engine
+    assert _C.set_engine(engine) == "auto"
+    with pytest.raises(ValueError, match="must be auto, own or torch, got 'cudnn'"):
+        _C.set_engine("cudnn")
+    assert _C.set_engine(engine) == engine
+
+
+@pytest.mark.parametrize("name", ["own", "torch", "auto", "", "cudnn"])
+def test_the_environment_names_the_engine(name: str) -> None:
+    known = name in ("own", "torch", "auto", "")
+    code = "from linfuse_ext import _C; print(_C.set_engine('auto'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LINFUSE_ENGINE": name},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == known
+    expected = name or "auto" if known else "LINFUSE_ENGINE must be auto, own or torch, got 'cudnn'"
+    assert expected in done.stdout + done.stderr
+
+
+def test_torchs_engine_serves_gradients_and_compilation() -> None:
+    case = BY_NAME["grouped_dilated"]
+    tensors = [None if t is None else t.requires_grad_() for t in operands(case)]
+    present = [t for t in tensors if t is not None]
+    by_engine = {}
+    before = _C.set_engine("auto")
+    try:
+        for name in ("own", "torch"):
+            _C.set_engine(name)
+            compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+            weight, bias = compiled(case, *tensors)
+            total = (weight**2).sum() + (bias**3).sum()
+            by_engine[name] = [weight, bias, *torch.autograd.grad(total, present)]
+    finally:
+        _C.set_engine(before)
+    for own, by_torch in zip(*by_engine.values(), strict=True):
+        torch.testing.assert_close(own, by_torch)
