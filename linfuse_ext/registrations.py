@@ -239,7 +239,13 @@ def fuse_conv_linear_by_torch(
 
 
 torch.library.impl("linfuse::fuse_conv_linear_by_torch", ("cpu", "cuda"), fuse_conv_linear_by_torch)
-if _C.build_info()["cuda"] is None:
+
+
+def _has_cuda_kernels() -> bool:
+    return _C.build_info()["cuda"] is not None
+
+
+if not _has_cuda_kernels():
     torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
 
 

@@ -523,3 +523,51 @@ def test_torchs_engine_serves_gradients_and_compilation() -> None:
         _C.set_engine(before)
     for own, by_torch in zip(*by_engine.values(), strict=True):
         torch.testing.assert_close(own, by_torch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_kernels_can_be_captured(dtype: torch.dtype) -> None:
+    """In a CUDA graph, which forbids waiting for the card; a replay gives the same bits."""
+    case = BY_NAME["many_channels"]
+    tensors = [None if t is None else t.cuda() for t in operands(case, dtype)]
+    before = _C.set_engine("own")
+    try:
+        expected = call(case, *tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = call(case, *tensors)
+    finally:
+        _C.set_engine(before)
+    for tensor in made:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(left, right) for left, right in zip(made, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_own_kernels_by_large_tiles(dtype: torch.dtype, padding: int) -> None:
+    """Enough work for the tiles that large layers get; equal bits in two runs."""
+    case = Case("large", "", (72, 150, 3, 3), (21, 19), padding=padding)
+    tensors = operands(case, dtype, features=65, device="cuda")
+    before = _C.set_engine("own")
+    try:
+        first, second = call(case, *tensors), call(case, *tensors)
+    finally:
+        _C.set_engine(before)
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+    geometry = case.geometry()
+    wide = [None if t is None else t.double().cpu() for t in tensors]
+    exact = fuse_conv_linear_by_torch(*wide, *geometry.op_arguments, **geometry.op_keywords)
+    magnitude = fuse_conv_linear_by_torch(
+        *(None if t is None else t.abs() for t in wide),
+        *geometry.op_arguments,
+        **geometry.op_keywords,
+    )
+    assert_close(first[0], exact[0], magnitude[0], 72 * 9)
+    assert_close(first[1], exact[1], magnitude[1], geometry.rows + 1)
