@@ -218,7 +218,7 @@ def _cuda_fuse_cases(quick: bool) -> Iterator[Case]:
         if layer.fuse_flops() < _CUDA_FLOAT64_GFLOP * 1e9:
             dtypes.append("float64")
         for dtype in [*dtypes, "bfloat16"]:
-            yield Case(FUSE, layer, dtype, "cuda", _CUDA_PATIENCE)
+            yield Case(FUSE, layer, dtype, "cuda", _CUDA_PATIENCE, both_engines=True)
 
 
 def matrix_cases(device: str, quick: bool = False) -> Iterator[Case]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench import machine, report
-from bench.cases import OURS, Case, fuse_cases, matrix_cases
+from bench.cases import ENGINES, OURS, Case, fuse_cases, matrix_cases
 from bench.layers import DTYPES
 from bench.race import matmul, race
 
@@ -63,8 +63,11 @@ def main() -> int:
             print(f"{case.group}: FAILED: {row}", flush=True)
         else:
             rows.append(row)
+            for side in ENGINES.keys() & row["left_out"].keys():
+                failed[f"{case.group} {side}"] = row["left_out"][side]
             peer = f"{row['peer']} {row['peer_ms']:.3f} ms" if "peer" in row else "no peer"
-            print(f"{case.group}: {row['ms']:.3f} ms, {peer}", flush=True)
+            sides = "".join(f", {n} {ms:.3f} ms" for n, ms in row.get("engines_ms", {}).items())
+            print(f"{case.group}: {row['ms']:.3f} ms{sides}, {peer}", flush=True)
 
     checks = {}
     if options.checks:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import engines
 from linfuse_ext import functional
+from linfuse_ext.geometry import make_geometry
 
 Size = tuple[int, ...]
 Settings = dict[str, Any]
@@ -30,6 +32,8 @@ CASES: list[tuple[Size, Size, Settings]] = [
     ((4, 3, 4, 3), (5, 4), {"transposed": True, "stride": 2, "padding": 1}),
     ((33, 17, 3, 3), (9, 9), {"padding": 1}),
 ]
+# Enough items and groups for the large tiles of our own fuse_conv_linear.
+FUSED_CASES = [*CASES, ((128, 8, 1, 1), (15, 15), {"groups": 16})]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DENSE = 11  # rows of the Linear
 
@@ -51,12 +55,14 @@ def _affine(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequ
 
 
 def _fused(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequence[Tensor]]:
-    """The convolution merged into a Linear."""
-    rows = len(functional.conv_to_affine(*conv, size, **settings)[1])
+    """The convolution merged into a Linear, by either engine."""
+    rows = make_geometry("sanitize", tuple(conv[0].shape), size, **settings).rows
     both = [*conv, *(_normal(shape, conv[0]) for shape in [(_DENSE, rows), (_DENSE,)])]
-    fused = functional.fuse_conv_linear(*both, size, **settings)
-    yield fused
-    yield _gradients(fused, both)
+    for engine in engines.ENGINES:
+        with engines.forced(engine):
+            fused = functional.fuse_conv_linear(*both, size, **settings)
+            yield fused
+            yield _gradients(fused, both)
 
 
 def _normal(shape: Size, like: Tensor) -> Tensor:
@@ -66,16 +72,16 @@ def _normal(shape: Size, like: Tensor) -> Tensor:
 def main(device: str = "cuda", dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """Runs every op on every case; an error on the device surfaces as an exception."""
     torch.manual_seed(0)
-    for op in (_affine, _fused):
+    for op, cases in ((_affine, CASES), (_fused, FUSED_CASES)):
         for dtype in dtypes:
-            for shape, size, settings in CASES:
+            for shape, size, settings in cases:
                 like = torch.empty(0, device=device, dtype=dtype)
                 channels = shape[1 if settings.get("transposed") else 0]
                 conv = [_normal(shape, like), _normal((channels,), like)]
                 for tensors in op(conv, size, settings):
                     for tensor in tensors:
                         tensor.cpu()
-            print(f"sanitize: {op.__name__.strip('_')} {dtype}: {len(CASES)} cases ran", flush=True)
+            print(f"sanitize: {op.__name__.strip('_')} {dtype}: {len(cases)} cases ran", flush=True)
 
 
 if __name__ == "__main__":

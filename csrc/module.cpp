@@ -11,6 +11,7 @@
 #include "geometry/axis_taps.h"
 #include "geometry/make_geometry.h"
 #include "kernels/simd.h"
+#include "ops/engine.h"
 
 #define LINFUSE_TEXT_(x) #x
 #define LINFUSE_TEXT(x) LINFUSE_TEXT_(x)
@@ -112,6 +113,10 @@ PYBIND11_MODULE(_C, m) {
           "taps_by_column",
           [](const Geometry& g, int axis) { return linfuse::taps_by_column(g, axis); },
           py::arg("axis"));
+
+  m.def("set_engine", &linfuse::set_engine, py::arg("name"),
+        "Lets fuse_conv_linear go by our kernels (\"own\"), by torch's convolution (\"torch\") or "
+        "by the package's choice (\"auto\") from now on; returns what held before.");
 
   m.def(
       "make_geometry",

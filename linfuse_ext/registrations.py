@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_engine
+from . import _C, torch_engine
 from .geometry import Geometry, make_geometry
 from .operands import check_bias, check_tensor
 
@@ -220,7 +220,7 @@ def fuse_conv_linear_by_torch(
     *arguments: Any,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
-    """fuse_conv_linear on CUDA: the product by cuDNN, the bias by one matrix-vector product."""
+    """fuse_conv_linear with the product by torch's convolution: on CUDA, or where it is told to."""
     op = "fuse_conv_linear"
     geometry = _geometry(op, conv_weight.shape, arguments, keywords)
     _check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
@@ -238,7 +238,15 @@ def fuse_conv_linear_by_torch(
     return weight, bias.to(conv_weight.dtype, copy=True)
 
 
-torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
+torch.library.impl("linfuse::fuse_conv_linear_by_torch", ("cpu", "cuda"), fuse_conv_linear_by_torch)
+
+
+def _has_cuda_kernels() -> bool:
+    return _C.build_info()["cuda"] is not None
+
+
+if not _has_cuda_kernels():
+    torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
 
 
 # Ops that are compositions of differentiable ones, and so need nothing else -----------------------

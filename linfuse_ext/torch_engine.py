@@ -7,9 +7,9 @@ trilinear form `phi(w, L, G) = sum_f sum_row sum_col G[f, col] L[f, row] A(w)[ro
     convolve_rows  d phi / d L = G @ A(w)^T     the rows of G taken forward through it
     conv_gradient  d phi / d w                  the weight gradient of the convolution
 
-This is the engine of the last two everywhere, and of the product on CUDA. L is `[F, rows]`, G
-`[F, cols]`. float32 is true float32 on CUDA unless torch.set_float32_matmul_precision or
-torch.backends.cuda.matmul.fp32_precision allow TF32.
+This is the engine of the last two everywhere, and by default of the product on CUDA. L is
+`[F, rows]`, G `[F, cols]`. float32 is true float32 on CUDA unless
+torch.set_float32_matmul_precision or torch.backends.cuda.matmul.fp32_precision allow TF32.
 """
 
 from __future__ import annotations

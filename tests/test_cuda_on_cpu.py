@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case
-from cuda_on_cpu.build import COMPILER, build, kernel_sources
+from cases import BY_NAME, CASES, FEW, Case
+from cuda_on_cpu.build import COMPILER, CSRC, build, kernel_sources
 from cuda_on_cpu.kernels import STORAGE, KernelError, Kernels, Problem, Schedule
 from cuda_on_cpu.prepare import prepare
 from cuda_on_cpu.sanitized import Call, find_sanitizer, run_sanitized
@@ -64,6 +65,21 @@ SEGMENTS = [
         padding=9,
         transposed=True,
     ),
+]
+
+# More than one large tile in every direction, with rests, or another kind of map.
+LARGE_TILES = [
+    Case(
+        "large_tiles",
+        "items, input and output channels beyond a tile of fuse_conv_linear",
+        (37, 70, 2, 1),
+        (6, 5),
+        stride=(1, 2),
+    ),
+    BY_NAME["many_channels"],
+    BY_NAME["reflect"],
+    BY_NAME["transposed_grouped"],
+    BY_NAME["kernel_is_image"],
 ]
 
 FORWARD = Schedule()
@@ -190,6 +206,26 @@ def csr_backward_call(case: Case, dtype: torch.dtype, schedule: Schedule, **opti
     return "conv_to_csr_backward", (schedule, problem, to_numpy(grad_values))
 
 
+FEATURES = 5
+
+
+@functools.cache
+def expected_fused(case: Case) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
+    """Returns operands, weight and bias; the operands are so small that every sum is exact."""
+    conv_weight, conv_bias, matrix, offset = expected(case)
+    linear_weight = whole_numbers((FEATURES, len(offset)), seed=5)
+    linear_bias = whole_numbers((FEATURES,), seed=6) if case.groups == 1 else None
+    weight, bias = linear_weight @ matrix, linear_weight @ offset
+    bias = bias if linear_bias is None else bias + linear_bias
+    assert max(float(t.abs().max()) for t in (weight, bias)) < 2**24
+    return (conv_weight, conv_bias, linear_weight, linear_bias), weight, bias
+
+
+def fused_call(case: Case, dtype: torch.dtype, schedule: Schedule, way: str = "auto") -> Call:
+    operands = (None if t is None else to_numpy(t.to(dtype)) for t in expected_fused(case)[0])
+    return "fuse_conv_linear", (schedule, problem_of(case, dtype), way, *operands)
+
+
 def check(case: Case, dtype: torch.dtype, call: Call, outputs: tuple[np.ndarray, ...]) -> None:
     """Compares with the reference, to the last bit."""
     name, (_, problem, *_) = call
@@ -200,7 +236,11 @@ def check(case: Case, dtype: torch.dtype, call: Call, outputs: tuple[np.ndarray,
         for output, wanted in zip(indices, places, strict=True):
             assert np.array_equal(output, wanted.numpy())
         return
-    if name == "conv_to_affine":
+    if name == "fuse_conv_linear":
+        exact = expected_fused(case)[1:]
+        if call[1][2] != "auto":
+            exact, outputs = exact[:1], outputs[:1]
+    elif name == "conv_to_affine":
         exact = tuple(tensor[slice(*problem.rows)] for tensor in expected(case)[2:])
     else:
         exact = expected_backward(case, problem.rows)[1:]
@@ -248,6 +288,9 @@ def test_every_cuda_source_is_run_here() -> None:
         "conv_to_affine_backward_cuda.cu",
         "conv_to_csr_cuda.cu",
         "conv_to_csr_backward_cuda.cu",
+        "fuse_conv_linear_cuda.cu",
+        "fuse_conv_linear_by_tile_cuda.cu",
+        "fuse_conv_linear_by_element_cuda.cu",
     }
     assert {path.name for path in kernel_sources()} == launchers, "see cuda_on_cpu/README.md"
 
@@ -284,6 +327,21 @@ def test_conv_to_csr(
         check(case, dtype, call, run(kernels, call))
     call = make_call(case, dtype, FORWARD, rows=some_rows(case))
     check(case, dtype, call, run(kernels, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", LARGE_TILES, ids=name_of)
+def test_fuse_conv_linear_by_large_tiles(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    call = fused_call(case, dtype, SCHEDULES[2], "large_tile")
+    check(case, dtype, call, run(kernels, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_fuse_conv_linear(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    for way, schedule in [("auto", FORWARD), ("tile", SCHEDULES[2]), ("element", SCHEDULES[1])]:
+        call = fused_call(case, dtype, schedule, way)
+        check(case, dtype, call, run(kernels, call))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -325,14 +383,24 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
             jobs.append((case, dtype, csr_call(case, dtype, schedule)))
             jobs.append((case, dtype, csr_call(case, dtype, schedule, rows=some_rows(case))))
             jobs.append((case, dtype, csr_backward_call(case, dtype, schedule)))
+            jobs.append((case, dtype, fused_call(case, dtype, schedule, "element")))
+    for case in FEW + LARGE_TILES:
+        for dtype in DTYPES:
+            jobs.append((case, dtype, fused_call(case, dtype, schedule)))
+            jobs.append((case, dtype, fused_call(case, dtype, schedule, "tile")))
     results, said = run_sanitized(sanitized, [call for _, _, call in jobs], tmp_path)
     assert results, said
     for job, outputs in zip(jobs, results, strict=True):
         check(*job, outputs)
 
 
-# The barriers: the last one of each kernel only guards a loop whose turns touch no byte of another
-# thread, so that it is not among them.
+# The barriers: the last one of conv_to_affine only guards a loop whose turns touch no byte of
+# another thread, so that it is not among them.
+
+
+def fused_by_tile_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Call:
+    # One block makes all the tiles, one after the other.
+    return fused_call(case, dtype, replace(schedule, most_blocks=1), "tile")
 
 
 @pytest.mark.parametrize(
@@ -340,17 +408,18 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
     [
         ("conv_to_affine_cuda.cu", 0, forward_call),
         ("conv_to_affine_cuda.cu", 1, forward_call),
-        ("conv_to_affine_backward_cuda.cu", 0, backward_call),
-        ("conv_to_affine_backward_cuda.cu", 1, backward_call),
-        ("conv_to_csr_backward_cuda.cu", 0, csr_backward_call),
-        ("conv_to_csr_backward_cuda.cu", 1, csr_backward_call),
+        ("block_sum.h", 0, backward_call),
+        ("block_sum.h", 1, backward_call),
+        ("block_sum.h", 0, csr_backward_call),
+        ("block_sum.h", 1, csr_backward_call),
+        ("fuse_conv_linear_by_tile_cuda.cu", 0, fused_by_tile_call),
+        ("fuse_conv_linear_by_tile_cuda.cu", 1, fused_by_tile_call),
     ],
 )
 def test_taking_a_barrier_away_is_noticed(
     kernels: Kernels, source: str, barrier: int, make_call: Callable[..., Call]
 ) -> None:
-    (path,) = (path for path in kernel_sources() if path.name == source)
-    lines = path.read_text().splitlines()
+    lines = (CSRC / "kernels" / source).read_text().splitlines()
     barriers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
     case = BY_NAME["same3x3"]
     call = make_call(case, torch.float32, Schedule("reverse", without_barrier=barriers[barrier]))

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,26 +56,20 @@ def assert_equals_the_reference(case: Case, tensors, weight, bias) -> None:
     assert_close(bias, exact[1], magnitude[1], geometry.rows + 1)
 
 
+@pytest.fixture(params=["own", "torch"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.set_engine(request.param)
+    yield request.param
+    _C.set_engine(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=names)
-def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_equals_the_reference(case: Case, dtype: torch.dtype, device: str, engine: str) -> None:
     tensors = operands(case, dtype, device=device)
     weight, bias = call(case, *tensors)
     assert weight.dtype == bias.dtype == dtype
     assert weight.is_contiguous() and bias.is_contiguous()
-    assert_equals_the_reference(case, tensors, weight, bias)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=names)
-def test_engine_by_torch_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
-    """The engine of CUDA runs anywhere; here on the CPU."""
-    tensors = operands(case, dtype)
-    geometry = case.geometry()
-    weight, bias = fuse_conv_linear_by_torch(
-        *tensors, *geometry.op_arguments, **geometry.op_keywords
-    )
-    assert weight.dtype == bias.dtype == dtype
     assert_equals_the_reference(case, tensors, weight, bias)
 
 
@@ -536,3 +531,93 @@ def test_unknown_simd_level_is_an_error() -> None:
     assert result.returncode != 0
     assert "LINFUSE_SIMD must be one of the levels of this machine" in result.stderr
     assert "got 'mmx'" in result.stderr
+
+
+def test_engines_go_by_name(engine: str) -> None:
+    assert _C.set_engine("auto") == engine
+    assert _C.set_engine(engine) == "auto"
+    with pytest.raises(ValueError, match="must be auto, own or torch, got 'cudnn'"):
+        _C.set_engine("cudnn")
+    assert _C.set_engine(engine) == engine
+
+
+@pytest.mark.parametrize("name", ["own", "torch", "auto", "", "cudnn"])
+def test_the_environment_names_the_engine(name: str) -> None:
+    known = name in ("own", "torch", "auto", "")
+    code = "from linfuse_ext import _C; print(_C.set_engine('auto'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LINFUSE_ENGINE": name},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == known
+    expected = name or "auto" if known else "LINFUSE_ENGINE must be auto, own or torch, got 'cudnn'"
+    assert expected in done.stdout + done.stderr
+
+
+def test_torchs_engine_serves_gradients_and_compilation() -> None:
+    case = BY_NAME["grouped_dilated"]
+    tensors = [None if t is None else t.requires_grad_() for t in operands(case)]
+    present = [t for t in tensors if t is not None]
+    by_engine = {}
+    before = _C.set_engine("auto")
+    try:
+        for name in ("own", "torch"):
+            _C.set_engine(name)
+            compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+            weight, bias = compiled(case, *tensors)
+            total = (weight**2).sum() + (bias**3).sum()
+            by_engine[name] = [weight, bias, *torch.autograd.grad(total, present)]
+    finally:
+        _C.set_engine(before)
+    for own, by_torch in zip(*by_engine.values(), strict=True):
+        torch.testing.assert_close(own, by_torch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_kernels_can_be_captured(dtype: torch.dtype) -> None:
+    """In a CUDA graph, which forbids waiting for the card; a replay gives the same bits."""
+    case = BY_NAME["many_channels"]
+    tensors = [None if t is None else t.cuda() for t in operands(case, dtype)]
+    before = _C.set_engine("own")
+    try:
+        expected = call(case, *tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = call(case, *tensors)
+    finally:
+        _C.set_engine(before)
+    for tensor in made:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(left, right) for left, right in zip(made, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_own_kernels_by_large_tiles(dtype: torch.dtype, padding: int) -> None:
+    """Enough work for the tiles that large layers get; equal bits in two runs."""
+    case = Case("large", "", (72, 150, 3, 3), (21, 19), padding=padding)
+    tensors = operands(case, dtype, features=65, device="cuda")
+    before = _C.set_engine("own")
+    try:
+        first, second = call(case, *tensors), call(case, *tensors)
+    finally:
+        _C.set_engine(before)
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+    geometry = case.geometry()
+    wide = [None if t is None else t.double().cpu() for t in tensors]
+    exact = fuse_conv_linear_by_torch(*wide, *geometry.op_arguments, **geometry.op_keywords)
+    magnitude = fuse_conv_linear_by_torch(
+        *(None if t is None else t.abs() for t in wide),
+        *geometry.op_arguments,
+        **geometry.op_keywords,
+    )
+    assert_close(first[0], exact[0], magnitude[0], 72 * 9)
+    assert_close(first[1], exact[1], magnitude[1], geometry.rows + 1)

@@ -119,13 +119,57 @@ struct Geometry {
     return fold(position, fine_size(a), padding_mode);
   }
 
-  // The coarse position that kernel element k ties to a fine one of an axis padded with zeros; -1
-  // where there is none.
+  // The coarse position that kernel element k ties to a position of the padded axis; -1 where there
+  // is none.
   LINFUSE_HD int64_t coarse_position(int a, int64_t fine, int64_t k) const {
     const int64_t step = fine + axis[a].pad_low - k * axis[a].dilation;
     if (step < 0 || step % axis[a].stride != 0) return -1;
     const int64_t coarse = step / axis[a].stride;
     return coarse < coarse_size(a) ? coarse : -1;
+  }
+
+  // How often the padded axis may hold one fine position: itself, then its copies in the padding.
+  LINFUSE_HD int64_t copies(int a) const {
+    if (axis[a].pad_low == 0 && axis[a].pad_high == 0) return 1;
+    switch (padding_mode) {
+      case PaddingMode::kReflect:
+      case PaddingMode::kCircular:
+        return 3;
+      case PaddingMode::kReplicate:
+        return 1 + axis[a].pad_low + axis[a].pad_high;
+      case PaddingMode::kZeros:
+        break;
+    }
+    return 1;
+  }
+
+  // Where on the padded axis that copy of a fine position is, counted from the first element that
+  // is no padding; -1 - pad_low, which no tap reads, where there is none. The inverse of fold.
+  LINFUSE_HD int64_t unfold(int a, int64_t fine, int64_t copy) const {
+    if (copy == 0) return fine;
+    const int64_t last = fine_size(a) - 1;
+    const int64_t low = axis[a].pad_low;
+    const int64_t high = axis[a].pad_high;
+    int64_t position = -1 - low;
+    bool is_low = copy == 1;
+    if (padding_mode == PaddingMode::kReflect) {
+      position = is_low ? -fine : 2 * last - fine;
+    } else if (padding_mode == PaddingMode::kCircular) {
+      position = is_low ? fine - (last + 1) : fine + (last + 1);
+    } else {
+      is_low = copy <= low;
+      const bool is_rim = fine == (is_low ? 0 : last);
+      if (is_rim) position = is_low ? -copy : last + copy - low;
+    }
+    const bool is_padding =
+        is_low ? position < 0 && position >= -low : position > last && position <= last + high;
+    return is_padding ? position : -1 - low;
+  }
+
+  // The output position that kernel element k ties to a copy of input position i; -1 where there is
+  // none.
+  LINFUSE_HD int64_t out_of_tap(int a, int64_t i, int64_t copy, int64_t k) const {
+    return transposed ? fine_position(a, i, k) : coarse_position(a, unfold(a, i, copy), k);
   }
 
   // The column of an input position; c_in counts within the group of c_out.
@@ -143,6 +187,14 @@ struct Geometry {
     const int64_t global_c_in = group * in_channels_per_group() + c_in;
     const int64_t local_c_out = c_out - group * out_channels_per_group();
     return (global_c_in * out_channels_per_group() + local_c_out) * kernel_positions();
+  }
+
+  // Kernel elements from one pair of channels to that of the next c_out, or c_in, of the group.
+  LINFUSE_HD int64_t weight_step_out() const {
+    return kernel_positions() * (transposed ? 1 : in_channels_per_group());
+  }
+  LINFUSE_HD int64_t weight_step_in() const {
+    return kernel_positions() * (transposed ? out_channels_per_group() : 1);
   }
 
   // True where several taps of one row may read the same input position, and so must be summed.

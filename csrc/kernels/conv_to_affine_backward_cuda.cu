@@ -5,6 +5,7 @@
 // coarse positions q (geometry.h), each in ascending order, and add up in a tree in shared memory.
 // The order is fixed, so the bits are the same in every run; there are no atomics.
 // Memory: each tap is read once, from a row of its own; nothing else of grad_matrix is touched.
+#include "block_sum.h"
 #include "conv_to_affine_backward.h"
 
 namespace linfuse {
@@ -45,17 +46,10 @@ __global__ void __launch_bounds__(kThreads)
       total += static_cast<Accumulate<T>>(plane[row * cols + (g.transposed ? q : fine)]);
     }
 
-    sums[threadIdx.x] = total;
-    __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-      __syncthreads();
-    }
+    total = block_sum<kThreads>(total, sums);
     if (threadIdx.x == 0) {
-      grad_weight[g.weight_index(c_out, c_in) + element % kernel_positions] =
-          static_cast<T>(sums[0]);
+      grad_weight[g.weight_index(c_out, c_in) + element % kernel_positions] = static_cast<T>(total);
     }
-    __syncthreads();
   }
 }
 

@@ -28,6 +28,7 @@ struct alignas(16) Bytes16 {
 
 // True for the smallest kernel element of an axis that ties these two positions.
 __device__ inline bool is_owner(const Geometry& g, int a, int64_t coarse, int64_t k, int64_t fine) {
+#pragma unroll 1
   for (int64_t earlier = 0; earlier < k; ++earlier) {
     if (g.fine_position(a, coarse, earlier) == fine) return false;
   }
@@ -38,10 +39,13 @@ template <typename T>
 __device__ T sum_of_taps(const Geometry& g, const T* kernel, const Position& coarse,
                          const Position& first, const Position& fine) {
   Accumulate<T> total = 0;
+#pragma unroll 1
   for (int64_t k0 = first.at[0]; k0 < g.axis[0].kernel; ++k0) {
     if (g.fine_position(0, coarse.at[0], k0) != fine.at[0]) continue;
+#pragma unroll 1
     for (int64_t k1 = first.at[1]; k1 < g.axis[1].kernel; ++k1) {
       if (g.fine_position(1, coarse.at[1], k1) != fine.at[1]) continue;
+#pragma unroll 1
       for (int64_t k2 = first.at[2]; k2 < g.axis[2].kernel; ++k2) {
         if (g.fine_position(2, coarse.at[2], k2) != fine.at[2]) continue;
         total += static_cast<Accumulate<T>>(

@@ -13,6 +13,10 @@
 #include "dtype.h"
 #include "parallel.h"
 
+#if defined(LINFUSE_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
 namespace linfuse {
 
 struct FuseConvLinearParams {
@@ -35,5 +39,20 @@ using Allocate = std::function<void*(int64_t bytes)>;
 
 void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate);
+
+#if defined(LINFUSE_WITH_CUDA)
+// Needs no scratch memory.
+[[nodiscard]] cudaError_t launch_fuse_conv_linear_cuda(const FuseConvLinearParams& params,
+                                                       cudaStream_t stream);
+
+// Its two ways to make the weight, either of which can make any: by tiles of many features and
+// positions, where groups have many channels, and element by element, where they have few.
+enum class TileSize { kFitting, kLarge };
+[[nodiscard]] cudaError_t launch_fuse_conv_linear_by_tile_cuda(const FuseConvLinearParams& params,
+                                                               cudaStream_t stream,
+                                                               TileSize size = TileSize::kFitting);
+[[nodiscard]] cudaError_t launch_fuse_conv_linear_by_element_cuda(
+    const FuseConvLinearParams& params, cudaStream_t stream);
+#endif
 
 }  // namespace linfuse

@@ -1,14 +1,33 @@
 #include "../kernels/fuse_conv_linear.h"
 
+#include <array>
 #include <tuple>
 
 #include "common.h"
+#include "engine.h"
 
 namespace linfuse {
 namespace {
 
 constexpr char kOp[] = "fuse_conv_linear";
 constexpr int64_t kSmallScratch = int64_t{1} << 15;
+
+// Calls the op of Python that has torch's convolution do it.
+std::tuple<Tensor, Tensor> by_torch(
+    const Tensor& conv_weight, const std::optional<Tensor>& conv_bias, const Tensor& linear_weight,
+    const std::optional<Tensor>& linear_bias, const IntList& input_size, const IntList& stride,
+    const IntList& padding, const IntList& dilation, int64_t groups, bool transposed,
+    const IntList& output_padding, const std::string& padding_mode) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 12> stack{from(conv_weight), from(conv_bias),      from(linear_weight),
+                                     from(linear_bias), from(input_size),     from(stride),
+                                     from(padding),     from(dilation),       from(groups),
+                                     from(transposed),  from(output_padding), from(padding_mode)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("linfuse::fuse_conv_linear_by_torch", "",
+                                               stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
 
 std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Tensor> conv_bias,
                                             Tensor linear_weight, std::optional<Tensor> linear_bias,
@@ -38,6 +57,10 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
     linear_bias = as_contiguous(*linear_bias);
   }
 
+  if (goes_by_torch(conv_weight.is_cuda())) {
+    return by_torch(conv_weight, conv_bias, linear_weight, linear_bias, input_size, stride, padding,
+                    dilation, groups, transposed, output_padding, padding_mode);
+  }
   conv_weight = as_contiguous(conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
   Tensor bias = allocate(kOp, conv_weight, {params.features});
@@ -49,6 +72,13 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.linear_bias = data_or_null(linear_bias);
   params.weight = weight.mutable_data_ptr();
   params.bias = bias.mutable_data_ptr();
+#if defined(LINFUSE_WITH_CUDA)
+  if (conv_weight.is_cuda()) {
+    const CudaScope scope(conv_weight);
+    check_cuda(kOp, launch_fuse_conv_linear_cuda(params, scope.stream()));
+    return {weight, bias};
+  }
+#endif
   params.threads = static_cast<int>(torch::stable::get_num_threads());
 
   // What small layers need is on the stack; more comes from torch, so that running out of memory is
@@ -68,5 +98,10 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
 STABLE_TORCH_LIBRARY_IMPL(linfuse, CPU, m) {
   m.impl("fuse_conv_linear", TORCH_BOX(&fuse_conv_linear));
 }
+#if defined(LINFUSE_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(linfuse, CUDA, m) {
+  m.impl("fuse_conv_linear", TORCH_BOX(&fuse_conv_linear));
+}
+#endif
 
 }  // namespace linfuse

@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(linfuse, m) {
   m.def(
       "fuse_conv_linear(Tensor conv_weight, Tensor? conv_bias, Tensor linear_weight, "
       "Tensor? linear_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
+  m.def(
+      "fuse_conv_linear_by_torch(Tensor conv_weight, Tensor? conv_bias, Tensor linear_weight, "
+      "Tensor? linear_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
   m.def("convolve_rows(Tensor rows, Tensor conv_weight, " LINFUSE_GEOMETRY ") -> Tensor convolved");
   m.def(
       "fuse_conv_linear_backward_conv(Tensor grad_weight, Tensor linear_weight, "

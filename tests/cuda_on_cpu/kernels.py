@@ -111,6 +111,7 @@ class Kernels:
             "conv_to_affine_backward",
             "conv_to_csr",
             "conv_to_csr_backward",
+            "fuse_conv_linear",
             "planted",
         ):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -162,6 +163,30 @@ class Kernels:
         inputs = (_pointer(grad_values),)
         return self._call("conv_to_csr_backward", schedule, _c_problem(problem), inputs, outputs)
 
+    def fuse_conv_linear(
+        self,
+        schedule: Schedule,
+        problem: Problem,
+        way: str,
+        conv_weight: np.ndarray,
+        conv_bias: np.ndarray | None,
+        linear_weight: np.ndarray,
+        linear_bias: np.ndarray | None,
+    ) -> tuple[np.ndarray, ...]:
+        """Returns (weight, bias); only "auto" makes the bias."""
+        features = len(linear_weight)
+        outputs = (
+            np.zeros((features, problem.cols), problem.storage),
+            np.zeros(features, problem.storage),
+        )
+        operands = (conv_weight, conv_bias, linear_weight, linear_bias)
+        inputs = (
+            ctypes.c_char_p(way.encode()),
+            ctypes.c_int64(features),
+            *map(_pointer, operands),
+        )
+        return self._call("fuse_conv_linear", schedule, _c_problem(problem), inputs, outputs)
+
     def planted(self, schedule: Schedule, name: str, values: np.ndarray) -> tuple[np.ndarray, ...]:
         """Runs a kernel of planted/ on float32 values; returns (out,)."""
         outputs = (np.zeros_like(values),)
@@ -189,7 +214,7 @@ class Kernels:
         name: str,
         schedule: Schedule,
         what: _CProblem | ctypes.c_char_p,
-        inputs: tuple[ctypes.c_void_p | ctypes.c_int64, ...],
+        inputs: tuple[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_char_p, ...],
         outputs: tuple[np.ndarray, ...],
     ) -> tuple[np.ndarray, ...]:
         self._library.set_schedule(

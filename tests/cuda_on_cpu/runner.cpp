@@ -15,6 +15,7 @@
 #include "conv_to_csr.h"
 #include "conv_to_csr_backward.h"
 #include "dtype.h"
+#include "fuse_conv_linear.h"
 #include "planted/planted.h"
 #include "shim/grid.h"
 #include "shim/memory.h"
@@ -71,6 +72,22 @@ const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted
     {"missing_barrier", launch_missing_barrier},
     {"divergent_barrier", launch_divergent_barrier},
     {"no_fault", launch_no_fault},
+};
+
+const std::map<std::string,
+               std::function<cudaError_t(const linfuse::FuseConvLinearParams&, cudaStream_t)>>
+    kWays = {
+        {"auto", linfuse::launch_fuse_conv_linear_cuda},
+        {"element", linfuse::launch_fuse_conv_linear_by_element_cuda},
+        {"tile",
+         [](const auto& params, cudaStream_t stream) {
+           return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, stream);
+         }},
+        {"large_tile",
+         [](const auto& params, cudaStream_t stream) {
+           return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, stream,
+                                                                linfuse::TileSize::kLarge);
+         }},
 };
 
 // The launcher's error as text, which stays until the next call.
@@ -210,6 +227,46 @@ const char* conv_to_csr_backward(const Problem* problem, const void* grad_values
     params.grad_weight = grad_weight_made.data();
     const cudaError_t error = linfuse::launch_conv_to_csr_backward_cuda(params, nullptr);
     grad_weight_made.copy_to(grad_weight);
+    return error;
+  });
+}
+
+// conv_weight as the problem says, conv_bias [C_out] or null, linear_weight [features, rows],
+// linear_bias [features] or null  ->  weight [features, cols], bias [features]. `way` is one of
+// kWays; all but "auto" leave the bias alone.
+const char* fuse_conv_linear(const Problem* problem, const char* way, int64_t features,
+                             const void* conv_weight, const void* conv_bias,
+                             const void* linear_weight, const void* linear_bias, void* weight,
+                             void* bias) {
+  return text_of([&] {
+    linfuse::FuseConvLinearParams params;
+    params.geometry = geometry_of(*problem);
+    params.features = features;
+    params.dtype = static_cast<linfuse::DType>(problem->dtype);
+
+    const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
+    const auto rows = static_cast<size_t>(params.geometry.rows());
+    const auto cols = static_cast<size_t>(params.geometry.cols());
+    const auto count = static_cast<size_t>(features);
+    const auto channels = static_cast<size_t>(params.geometry.out_channels);
+    Memory conv_weight_copy("conv_weight", bytes * product(problem->weight_size, problem->axes + 2),
+                            bytes, conv_weight);
+    Memory conv_bias_copy("conv_bias", bytes * channels, bytes, conv_bias);
+    Memory linear_weight_copy("linear_weight", bytes * count * rows, bytes, linear_weight);
+    Memory linear_bias_copy("linear_bias", bytes * count, bytes, linear_bias);
+    Memory weight_made("weight", bytes * count * cols, kOutputAlignment);
+    Memory bias_made("bias", bytes * count, kOutputAlignment);
+    params.conv_weight = conv_weight_copy.data();
+    params.conv_bias = conv_bias == nullptr ? nullptr : conv_bias_copy.data();
+    params.linear_weight = linear_weight_copy.data();
+    params.linear_stride[0] = static_cast<int64_t>(rows);
+    params.linear_stride[1] = 1;
+    params.linear_bias = linear_bias == nullptr ? nullptr : linear_bias_copy.data();
+    params.weight = weight_made.data();
+    params.bias = bias_made.data();
+    const cudaError_t error = kWays.at(way)(params, nullptr);
+    weight_made.copy_to(weight);
+    bias_made.copy_to(bias);
     return error;
   });
 }

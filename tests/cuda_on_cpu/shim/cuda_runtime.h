@@ -36,6 +36,12 @@ extern dim3 gridDim;
 // The call's own line tells barriers apart: threads that wait at different ones have diverged.
 void __syncthreads(int line = __builtin_LINE());
 
+// A barrier that returns whether any thread of the block came with a predicate other than 0.
+int __syncthreads_or(int predicate, int line = __builtin_LINE());
+
+// The place of the lowest bit that is set, counted from 1; 0 where there is none.
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 namespace cuda_on_cpu {
 
 struct LaunchConfig {

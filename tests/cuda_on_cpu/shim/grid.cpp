@@ -39,6 +39,10 @@ struct Thread {
 std::vector<std::unique_ptr<Thread>> threads;
 Thread* running = nullptr;
 
+// Of two phases: threads ask for the vote of the last while others vote in this one.
+bool votes[2];
+unsigned phase = 0;
+
 std::map<const void*, Memory> shared_variables;  // of the running block, by their declaration
 
 // A permutation of 0 .. count - 1 for the next round.
@@ -78,6 +82,7 @@ void run_block(unsigned count, const std::function<void()>& body, std::vector<un
   for (unsigned n = 0; n < count; ++n) threads[n]->fiber.restart();
   do {
     start_phase();
+    votes[++phase % 2] = false;
     for (unsigned n : next_order(count, order)) {
       running = threads[n].get();
       running->barrier = 0;
@@ -148,6 +153,13 @@ void __syncthreads(int line) {
   if (line == schedule.without_barrier) return;
   running->barrier = line;
   running->fiber.yield();
+}
+
+int __syncthreads_or(int predicate, int line) {
+  bool& vote = cuda_on_cpu::votes[cuda_on_cpu::phase % 2];
+  vote = vote || predicate != 0;
+  __syncthreads(line);
+  return vote;
 }
 
 cudaError_t cudaGetLastError() {
