@@ -90,7 +90,7 @@ class ByInput {
     Slab slab;
     PositionTaps taps[kAxes];
     std::vector<int64_t> linear_start;
-    std::vector<int64_t> kernel;     // k of each tap
+    std::vector<int64_t> kernel;     // k of each tap, times Plan::kernel_step
     std::vector<int64_t> first_tap;  // of each position of a segment
     A* piece;                        // [segment][c_in of the block][f]
   };
@@ -260,10 +260,8 @@ class ByInput {
       task.taps = first_tap[s + 1] - first_tap[s];
       engine_.multiply(task, job.rows, channels, worker.piece + s * columns * width);
     }
-    for (int64_t n = 0; n < channels; ++n) {
-      work_.unpack(job.rows, worker.piece + n * width, columns * width,
-                   plan_.channels_before(block) + n, segment.first, segment.last - segment.first);
-    }
+    engine_.unpack(job.rows, worker.piece, channels, plan_.channels_before(block), segment.first,
+                   segment.last - segment.first);
   }
 
   // Where the operands of every tap of a segment begin: in the panel, and among the kernel
@@ -295,7 +293,7 @@ class ByInput {
           const int64_t k_line = (k0 * g_.axis[1].kernel + k1) * g_.axis[2].kernel;
           for_each_tap(worker.taps[2], [&](int64_t o2, int64_t k2) {
             worker.linear_start.push_back((o_line + o2) * step);
-            worker.kernel.push_back(k_line + k2);
+            worker.kernel.push_back((k_line + k2) * plan_.kernel_step);
           });
         });
       });
@@ -340,6 +338,10 @@ void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const Paralle
         ByInput<T, MatrixTiles<T>>(params, parallel_for, allocate).run();
         return;
       }
+    }
+    if (fits_channel_vectors<T>(params)) {
+      ByInput<T, ChannelVectors<T>>(params, parallel_for, allocate).run();
+      return;
     }
     ByInput<T, Vectors<T>>(params, parallel_for, allocate).run();
   });

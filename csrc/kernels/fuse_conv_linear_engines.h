@@ -6,12 +6,15 @@
 //   columns  of the sums of a block: its input channels, or more
 //
 // Vectors serves all types and machines: a line is one output channel, in Accumulate<T> (tile.h).
-// MatrixTiles serves bfloat16 where the machine has AMX: a line is a pair of output channels
-// (amx.h).
+// ChannelVectors does so where rows are too few to fill a vector: with the operands exchanged in
+// the same tile, input channels fill it. MatrixTiles serves bfloat16 where the machine has AMX: a
+// line is a pair of output channels (amx.h).
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "amx.h"
 #include "fuse_conv_linear_work.h"
@@ -21,13 +24,24 @@ namespace linfuse {
 // What the plan must know of an engine.
 struct EngineShape {
   int64_t element_bytes;  // of panels and weights
-  int64_t lanes;          // of a vector of f
+  int64_t lanes;          // f that a panel's width is a multiple of
   int64_t lines;          // of one output position of a group
   int64_t blocks;         // of a group's input channels
   int64_t columns;        // of the sums of a block
   int64_t weights;        // elements of a block's weights at one k
-  int64_t most_vectors;   // of a panel
+  int64_t most_vectors;   // of so many lanes, in a panel
+  int64_t kernel_step;    // how far apart a task's tile has the weights of neighbouring k
 };
+
+// From [position][column][f], columns being input channels.
+template <typename T>
+void unpack_channels(const Work<T>& work, const Rows& rows, const Accumulate<T>* sums,
+                     int64_t columns, Range channels, int64_t first, int64_t count) {
+  for (int64_t c = channels.first; c < channels.last; ++c) {
+    work.unpack(sums + (c - channels.first) * rows.width, columns * rows.width, rows.first,
+                rows.count, work.g.cols(), c * work.g.in_positions() + first, count);
+  }
+}
 
 template <typename T>
 class Vectors {
@@ -52,6 +66,7 @@ class Vectors {
     shape.blocks = divide_up(in_channels, work_.tiles.most_channels);
     shape.columns = divide_up(in_channels, shape.blocks);
     shape.weights = shape.lines * shape.columns;
+    shape.kernel_step = 1;
     // A register for each sum of the largest block.
     shape.most_vectors = work_.tiles.most_vectors(shape.columns);
     return shape;
@@ -94,8 +109,122 @@ class Vectors {
     work_.tiles.tile[rows.vectors][channels](task, sums);
   }
 
+  // Writes `count` input positions from the sums of so many.
+  void unpack(const Rows& rows, const A* sums, int64_t channels, int64_t channel, int64_t first,
+              int64_t count) const {
+    unpack_channels(work_, rows, sums, columns(channels), {channel, channel + channels}, first,
+                    count);
+  }
+
  private:
   const Work<T>& work_;
+};
+
+template <typename T>
+class ChannelVectors {
+  using A = Accumulate<T>;
+
+ public:
+  using Element = A;
+  using Task = TileTask<A>;
+
+  struct Session {
+    explicit Session(const ChannelVectors&) {}
+  };
+
+  explicit ChannelVectors(const Work<T>& work) : work_(work) {
+    const int64_t in_channels = work.g.in_channels_per_group();
+    const TileSet<A>& tiles = work.tiles;
+    most_rows_ = std::min<int64_t>(tiles.most_channels, work.params.features);
+    blocks_ = divide_up(in_channels, tiles.most_vectors(most_rows_) * tiles.lanes);
+    vectors_ = divide_up(divide_up(in_channels, blocks_), tiles.lanes);
+    columns_ = vectors_ * tiles.lanes;
+  }
+
+  EngineShape shape() const {
+    EngineShape shape = {};
+    shape.element_bytes = sizeof(Element);
+    shape.lanes = 1;
+    shape.lines = work_.g.out_channels_per_group();
+    shape.blocks = blocks_;
+    shape.columns = columns_;
+    shape.weights = shape.lines * columns_;
+    shape.most_vectors = most_rows_;
+    shape.kernel_step = shape.weights;
+    return shape;
+  }
+
+  void pack(const Rows& rows, int64_t c_out, Range lines, int64_t source, int64_t count,
+            Element* to, int64_t step, double* sums, bool) const {
+    const FuseConvLinearParams& params = work_.params;
+    const T* conv_bias = static_cast<const T*>(params.conv_bias);
+    const int64_t stride = params.linear_stride[0];
+    const T* linear = static_cast<const T*>(params.linear_weight) + rows.first * stride;
+    for (int64_t line = lines.first; line < lines.last; ++line) {
+      const int64_t channel = c_out + line;
+      const T* from =
+          linear + (channel * work_.g.out_positions() + source) * params.linear_stride[1];
+      double parts[TileSet<A>::kMostChannels] = {};
+      for (int64_t n = 0; n < count; ++n, from += params.linear_stride[1]) {
+        A values[TileSet<A>::kMostChannels];
+        for (int64_t f = 0; f < rows.count; ++f) values[f] = static_cast<A>(from[f * stride]);
+        for (int64_t f = 0; f < rows.count; ++f) parts[f] += static_cast<double>(values[f]);
+        if (to == nullptr) continue;
+        A* column = to + n * step + (line - lines.first) * rows.width;
+        for (int64_t f = 0; f < rows.count; ++f) column[f] = values[f];
+      }
+      if (sums == nullptr) continue;
+      const auto scale = static_cast<double>(static_cast<A>(conv_bias[channel]));
+      for (int64_t f = 0; f < rows.count; ++f) sums[f] += parts[f] * scale;
+    }
+  }
+
+  // As [k][c_out][c_in]; what no channel has is zero.
+  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
+    const Geometry& g = work_.g;
+    const T* weight = static_cast<const T*>(work_.params.conv_weight);
+    const int64_t out_channels = g.out_channels_per_group();
+    std::fill(packed, packed + g.kernel_positions() * out_channels * columns_, A{});
+    for (int64_t c = 0; c < out_channels; ++c) {
+      for (int64_t n = 0; n < channels; ++n) {
+        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
+        for (int64_t k = 0; k < g.kernel_positions(); ++k) {
+          packed[(k * out_channels + c) * columns_ + n] = static_cast<A>(kernel[k]);
+        }
+      }
+    }
+  }
+
+  Task task(const Rows&, int64_t) const {
+    Task task = {};
+    task.channels = work_.g.out_channels_per_group();
+    task.weight_step = 1;
+    return task;
+  }
+
+  int64_t columns(int64_t) const { return columns_; }
+
+  // [f][c_in]
+  void multiply(Task task, const Rows& rows, int64_t, A* sums) const {
+    std::swap(task.linear, task.weight);
+    std::swap(task.linear_start, task.kernel);
+    work_.tiles.tile[vectors_][rows.width](task, sums);
+  }
+
+  void unpack(const Rows& rows, const A* sums, int64_t channels, int64_t channel, int64_t first,
+              int64_t count) const {
+    for (int64_t f = 0; f < rows.count; ++f) {
+      work_.unpack(sums + f * columns_, rows.width * columns_, channel, channels,
+                   work_.g.in_positions(), (rows.first + f) * work_.g.cols() + first, count);
+    }
+  }
+
+ private:
+  const Work<T>& work_;
+  int64_t most_rows_;
+  int64_t blocks_;
+  int64_t vectors_;
+  int64_t columns_;
 };
 
 template <typename T>
@@ -140,6 +269,7 @@ class MatrixTiles {
     shape.columns = tiles_ * rows_;
     shape.weights = shape.lines * kFactors * shape.columns;
     shape.most_vectors = kMostVectors;
+    shape.kernel_step = 1;
     return shape;
   }
 
@@ -218,6 +348,12 @@ class MatrixTiles {
     }
   }
 
+  void unpack(const Rows& rows, const float* sums, int64_t channels, int64_t channel, int64_t first,
+              int64_t count) const {
+    unpack_channels(work_, rows, sums, columns(channels), {channel, channel + channels}, first,
+                    count);
+  }
+
  private:
   static constexpr int64_t kMostVectors = 2;
 
@@ -233,6 +369,16 @@ class MatrixTiles {
   int64_t rows_;
   AmxShapes registers_;
 };
+
+// Where rows are few and input channels fill their vectors better.
+template <typename T>
+bool fits_channel_vectors(const FuseConvLinearParams& params) {
+  const TileSet<Accumulate<T>>& tiles = simd_kernels(simd_level());
+  const auto padded = [&](int64_t count) { return divide_up(count, tiles.lanes) * tiles.lanes; };
+  const int64_t channels = params.geometry.in_channels_per_group();
+  return params.features < 2 * tiles.lanes &&
+         channels * padded(params.features) > params.features * padded(channels);
+}
 
 // They win even where they are far from full; only a single output channel makes no pair.
 inline bool fits_matrix_tiles(const FuseConvLinearParams& params) {

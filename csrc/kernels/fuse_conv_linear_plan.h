@@ -32,6 +32,7 @@ struct Plan {
   int64_t lines;        // of one output position of a group
   int64_t columns;      // of a block
   int64_t weights;      // elements of a block's weights at one k
+  int64_t kernel_step;
   int64_t kernel_positions;
   int64_t groups;
   int64_t blocks_per_group;  // of about the same size each
@@ -109,6 +110,7 @@ inline Plan make_plan(const Geometry& g, int64_t features, int64_t result_bytes,
   plan.lines = shape.lines;
   plan.columns = shape.columns;
   plan.weights = shape.weights;
+  plan.kernel_step = shape.kernel_step;
   plan.kernel_positions = g.kernel_positions();
   plan.groups = g.groups;
   plan.blocks_per_group = shape.blocks;

@@ -109,17 +109,17 @@ class Work {
     }
   }
 
-  // Writes the input positions [first, first + count) of one input channel; position n lies at
-  // `from + n * step`.
-  void unpack(const Rows& rows, const A* from, int64_t step, int64_t channel, int64_t first,
+  // Writes `count` neighbouring elements each to `rows` rows of the result, which lie `stride`
+  // apart from `start` on and number from `row`; element n of them lies at `from + n * step`.
+  void unpack(const A* from, int64_t step, int64_t row, int64_t rows, int64_t stride, int64_t start,
               int64_t count) const {
     UnpackTask<T> task = {};
     task.from = from;
     task.step = step;
-    task.rows = rows.count;
+    task.rows = rows;
     task.count = count;
-    task.to = fused_ + rows.first * g.cols() + channel * g.in_positions() + first;
-    task.stride = g.cols();
+    task.to = fused_ + row * stride + start;
+    task.stride = stride;
     task.stream = stream_;
     turns.unpack(task);
   }
