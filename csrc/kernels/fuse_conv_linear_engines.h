@@ -7,8 +7,8 @@
 //
 // Vectors serves all types and machines: a line is one output channel, in Accumulate<T> (tile.h).
 // ChannelVectors does so where rows are too few to fill a vector: with the operands exchanged in
-// the same tile, input channels fill it. MatrixTiles serves bfloat16 where the machine has AMX: a
-// line is a pair of output channels (amx.h).
+// the same tile, input channels fill it. MatrixTiles serves half types where the machine has
+// AMX: a line is of pairs (amx.h).
 #pragma once
 
 #include <algorithm>
@@ -40,6 +40,28 @@ void unpack_channels(const Work<T>& work, const Rows& rows, const Accumulate<T>*
   for (int64_t c = channels.first; c < channels.last; ++c) {
     work.unpack(sums + (c - channels.first) * rows.width, columns * rows.width, rows.first,
                 rows.count, work.g.cols(), c * work.g.in_positions() + first, count);
+  }
+}
+
+// The weights of `channels` input channels from c_in on, as [k][c_out][column]; what no channel has
+// is zero.
+template <typename T>
+void pack_channels(const Work<T>& work, int64_t c_out, int64_t c_in, int64_t channels,
+                   int64_t columns, Accumulate<T>* packed) {
+  using A = Accumulate<T>;
+  const Geometry& g = work.g;
+  const T* weight = static_cast<const T*>(work.params.conv_weight);
+  const int64_t out_channels = g.out_channels_per_group();
+  if (columns > channels) {
+    std::fill(packed, packed + g.kernel_positions() * out_channels * columns, A{});
+  }
+  for (int64_t c = 0; c < out_channels; ++c) {
+    for (int64_t n = 0; n < channels; ++n) {
+      const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
+      for (int64_t k = 0; k < g.kernel_positions(); ++k) {
+        packed[(k * out_channels + c) * columns + n] = static_cast<A>(kernel[k]);
+      }
+    }
   }
 }
 
@@ -79,19 +101,9 @@ class Vectors {
                stream);
   }
 
-  // The weights of `channels` input channels from c_in on, as [k][c_out][c_in].
+  // The weights of `channels` input channels from c_in on.
   void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
-    const Geometry& g = work_.g;
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    const int64_t out_channels = g.out_channels_per_group();
-    for (int64_t c = 0; c < out_channels; ++c) {
-      for (int64_t n = 0; n < channels; ++n) {
-        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
-        for (int64_t k = 0; k < g.kernel_positions(); ++k) {
-          packed[(k * out_channels + c) * channels + n] = static_cast<A>(kernel[k]);
-        }
-      }
-    }
+    pack_channels(work_, c_out, c_in, channels, channels, packed);
   }
 
   // All of a task but the operands.
@@ -179,20 +191,8 @@ class ChannelVectors {
     }
   }
 
-  // As [k][c_out][c_in]; what no channel has is zero.
   void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
-    const Geometry& g = work_.g;
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    const int64_t out_channels = g.out_channels_per_group();
-    std::fill(packed, packed + g.kernel_positions() * out_channels * columns_, A{});
-    for (int64_t c = 0; c < out_channels; ++c) {
-      for (int64_t n = 0; n < channels; ++n) {
-        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
-        for (int64_t k = 0; k < g.kernel_positions(); ++k) {
-          packed[(k * out_channels + c) * columns_ + n] = static_cast<A>(kernel[k]);
-        }
-      }
-    }
+    pack_channels(work_, c_out, c_in, channels, columns_, packed);
   }
 
   Task task(const Rows&, int64_t) const {
