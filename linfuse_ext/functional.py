@@ -332,14 +332,8 @@ def fuse_linear_conv(
         )
     check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
     check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    weight, bias = _OPS.fuse_linear_conv(
-        linear_weight,
-        linear_bias,
-        conv_weight,
-        conv_bias,
-        *geometry.op_arguments,
-        **geometry.op_keywords,
-    )
+    operands = (linear_weight, linear_bias, conv_weight, conv_bias)
+    weight, bias = call(_OPS.fuse_linear_conv.default, geometry, *operands)
     return weight, bias
 
 

@@ -63,6 +63,20 @@ def _check_fuse_conv_linear(
     check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
 
 
+def _check_fuse_linear_conv(
+    op: str,
+    geometry: Geometry,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+) -> None:
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
+    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+
+
 # Calls --------------------------------------------------------------------------------------------
 
 
@@ -165,6 +179,22 @@ def _(
     return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
 
 
+@torch.library.register_fake("linfuse::fuse_linear_conv")
+def _(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> Any:
+    op = "fuse_linear_conv"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
+    features = linear_weight.shape[1]
+    return conv_weight.new_empty(geometry.rows, features), conv_weight.new_empty(geometry.rows)
+
+
 @torch.library.register_fake("linfuse::convolve_rows")
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
     op = "convolve_rows"
@@ -241,6 +271,37 @@ def fuse_conv_linear_by_torch(
 torch.library.impl("linfuse::fuse_conv_linear_by_torch", ("cpu", "cuda"), fuse_conv_linear_by_torch)
 
 
+def fuse_linear_conv_by_torch(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
+    """fuse_linear_conv by torch's convolution: on CUDA, or where it is told to.
+
+    Each column of the Linear, and its bias, is an image that goes forward.
+    """
+    op = "fuse_linear_conv"
+    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    _check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
+    weight = torch_engine.convolve_rows(conv_weight, linear_weight.T, geometry).T
+    wide = torch.promote_types(conv_weight.dtype, torch.float32)
+    bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
+    if linear_bias is not None:
+        image = linear_bias[None].to(wide)
+        bias = torch_engine.convolve_rows(conv_weight.to(wide), image, geometry)[0]
+    if conv_bias is not None:
+        positions = geometry.rows // geometry.out_channels
+        bias = bias + conv_bias.to(wide)[:, None].expand(-1, positions).reshape(-1)
+    return weight.contiguous(), bias.to(conv_weight.dtype, copy=True)
+
+
+torch.library.impl("linfuse::fuse_linear_conv_by_torch", ("cpu", "cuda"), fuse_linear_conv_by_torch)
+torch.library.impl("linfuse::fuse_linear_conv", "cuda", fuse_linear_conv_by_torch)
+
+
 def _has_cuda_kernels() -> bool:
     return _C.build_info()["cuda"] is not None
 
@@ -250,34 +311,6 @@ if not _has_cuda_kernels():
 
 
 # Ops that are compositions of differentiable ones, and so need nothing else -----------------------
-
-
-@torch.library.impl("linfuse::fuse_linear_conv", "CompositeImplicitAutograd")
-def _(
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    *arguments: Any,
-    **keywords: Any,
-) -> tuple[Tensor, Tensor]:
-    """Each column of the Linear, and its bias, is an image that goes forward."""
-    op = "fuse_linear_conv"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    check_tensor(op, "conv_weight", conv_weight)
-    check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
-    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
-    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    weight = _OPS.convolve_rows(linear_weight.T, conv_weight, *arguments, **keywords).T
-    wide = torch.promote_types(conv_weight.dtype, torch.float32)
-    bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
-    if linear_bias is not None:
-        image = linear_bias[None].to(wide)
-        bias = _OPS.convolve_rows(image, conv_weight.to(wide), *arguments, **keywords)[0]
-    if conv_bias is not None:
-        positions = geometry.rows // geometry.out_channels
-        bias = bias + conv_bias.to(wide)[:, None].expand(-1, positions).reshape(-1)
-    return weight.contiguous(), bias.to(conv_weight.dtype)
 
 
 @torch.library.impl("linfuse::fuse_conv_conv", "CompositeImplicitAutograd")
@@ -401,6 +434,40 @@ def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor 
     )
 
 
+def _save_fuse_linear_conv(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    linear_weight, linear_bias, conv_weight, conv_bias, *ctx.arguments = inputs
+    ctx.keywords = keyword_only_inputs
+    ctx.save_for_backward(linear_weight, linear_bias, conv_weight, conv_bias)
+    ctx.set_materialize_grads(False)
+
+
+def _fuse_linear_conv_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor | None) -> Any:
+    linear_weight, linear_bias, conv_weight, conv_bias = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * 4
+    # The Linear's weight and its bias go through the convolution alike, as rows of images.
+    passes = ((0, grad, linear_weight), (1, grad_bias, linear_bias))
+    for number, by_output, operand in passes:
+        if by_output is None or operand is None:
+            continue
+        by_rows, rows = (each.T if number == 0 else each[None] for each in (by_output, operand))
+        if ctx.needs_input_grad[number]:
+            back, _ = _OPS.fuse_conv_linear(
+                conv_weight, None, by_rows, None, *ctx.arguments, **ctx.keywords
+            )
+            gradients[number] = back.T if number == 0 else back[0]
+        if ctx.needs_input_grad[2]:
+            by_conv_weight = _OPS.fuse_conv_linear_backward_conv(
+                rows, by_rows, conv_weight.shape, *ctx.arguments, **ctx.keywords
+            )
+            before = gradients[2]
+            gradients[2] = by_conv_weight if before is None else before + by_conv_weight
+    if grad_bias is not None and conv_bias is not None and ctx.needs_input_grad[3]:
+        wide = torch.promote_types(conv_bias.dtype, torch.float32)
+        sums = grad_bias.view(conv_bias.shape[0], -1).sum(1, dtype=wide)
+        gradients[3] = sums.to(conv_bias.dtype)
+    return *gradients, *_none_for(ctx.arguments)
+
+
 def _save_convolve_rows(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     rows, conv_weight, *ctx.arguments = inputs
     ctx.keywords = keyword_only_inputs
@@ -474,6 +541,7 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _save_conv_to_affine_backward,
     ),
     "fuse_conv_linear": (_fuse_conv_linear_gradient, _save_fuse_conv_linear),
+    "fuse_linear_conv": (_fuse_linear_conv_gradient, _save_fuse_linear_conv),
     "convolve_rows": (_convolve_rows_gradient, _save_convolve_rows),
     "fuse_conv_linear_backward_conv": (_backward_conv_gradient, _save_backward_conv),
 }

@@ -207,6 +207,21 @@ struct Geometry {
   }
 };
 
+// The convolution whose matrix, of the same weight, is the transpose: a transposed one for a plain
+// one, and the other way round.
+inline Geometry adjoint(Geometry g) {
+  for (Axis& axis : g.axis) {
+    const int64_t in = axis.in;
+    axis.in = axis.out;
+    axis.out = in;
+  }
+  const int64_t in_channels = g.in_channels;
+  g.in_channels = g.out_channels;
+  g.out_channels = in_channels;
+  g.transposed = !g.transposed;
+  return g;
+}
+
 LINFUSE_HD inline Position unravel(int64_t index, int64_t size1, int64_t size2) {
   Position position;
   position.at[2] = index % size2;

@@ -116,11 +116,12 @@ struct AmxPackTask {
   const T* scale;
 };
 
-// The second is for TurnSet.
+// The last two are for TurnSet.
 template <typename T>
 struct AmxTurns {
   void (*pack)(const AmxPackTask<T>& task);
   void (*unpack)(const UnpackTask<T>& task);
+  void (*unpack_lines)(const UnpackTask<T>& task);
 };
 
 struct AmxKernels : AmxTurns<BFloat16>, AmxTurns<Float16> {

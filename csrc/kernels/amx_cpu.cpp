@@ -148,6 +148,21 @@ inline Scales<Float16> scales_of(const Float16* scale, int64_t channels) {
   return {{every_lane({parts.half[0], parts.half[0]}), every_lane({parts.half[1], parts.half[1]})}};
 }
 
+template <typename T>
+inline __attribute__((always_inline)) void store_pairs(const AmxPackTask<T>& task, __m512i pairs,
+                                                       Pair* to, const Scales<T>& scales,
+                                                       __m512& sums) {
+  if (to != nullptr) {
+    task.stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), pairs)
+                : _mm512_storeu_si512(to, pairs);
+  }
+  if (task.sums != nullptr) {
+    for (const __m512bh& scale : scales.factor) {
+      sums = _mm512_dpbf16_ps(sums, (__m512bh)pairs, scale);
+    }
+  }
+}
+
 // Writes a turned block, whose line n is position first + n / 4 * step4 + n % 4.
 template <bool kWhole, typename T>
 inline __attribute__((always_inline)) void store_block(const AmxPackTask<T>& task,
@@ -158,16 +173,8 @@ inline __attribute__((always_inline)) void store_block(const AmxPackTask<T>& tas
   for (int n = 0; n < kLanes; ++n) {
     const int64_t position = first + n / 4 * step4 + n % 4;
     if (!kWhole && position >= count) continue;
-    if (to != nullptr) {
-      auto* line = reinterpret_cast<__m512i*>(to + position * task.step);
-      task.stream ? _mm512_stream_si512(line, (__m512i)block.line[n])
-                  : _mm512_storeu_si512(line, (__m512i)block.line[n]);
-    }
-    if (task.sums != nullptr) {
-      for (const __m512bh& scale : scales.factor) {
-        sums = _mm512_dpbf16_ps(sums, (__m512bh)block.line[n], scale);
-      }
-    }
+    store_pairs(task, (__m512i)block.line[n], to == nullptr ? to : to + position * task.step,
+                scales, sums);
   }
 }
 
@@ -234,6 +241,29 @@ void pack_positions(const AmxPackTask<Float16>& task, const Source<Float16>& sou
   store_block<kWhole>(task, block, 0, 4, source.count, to, scales, sums);
 }
 
+// The pairs of one position, of rows that lie side by side.
+inline __m512i pairs_of(const Source<BFloat16>& source, const BFloat16* from, __mmask16 rows) {
+  const __m256i even = _mm256_maskz_loadu_epi16(source.channels > 0 ? rows : __mmask16{0}, from);
+  const __m256i odd = _mm256_maskz_loadu_epi16(source.channels > 1 ? rows : __mmask16{0},
+                                               from + source.channel_stride);
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+inline __m512i pairs_of(const Source<Float16>& source, const Float16* from, __mmask16 rows) {
+  return split_elements(_mm256_maskz_loadu_epi16(source.channels > 0 ? rows : __mmask16{0}, from));
+}
+
+template <typename T>
+void pack_lines(const AmxPackTask<T>& task, const Source<T>& source, Pair* to,
+                const Scales<T>& scales, __m512& sums) {
+  const auto rows = static_cast<__mmask16>(first_of(source.last_row + 1));
+  for (int64_t n = 0; n < source.count; ++n) {
+    store_pairs(task, pairs_of(source, source.from + n * task.position_stride, rows),
+                to == nullptr ? to : to + n * task.step, scales, sums);
+  }
+}
+
 template <typename T>
 void pack_pairs(const AmxPackTask<T>& task) {
   constexpr int kChannels = AmxPairs<T>::kChannels;
@@ -255,7 +285,8 @@ void pack_pairs(const AmxPackTask<T>& task) {
         source.from = channel + first * task.position_stride;
         source.count =
             task.count - first < kPositions<T> ? task.count - first : int64_t{kPositions<T>};
-        if (task.position_stride != 1) {
+        const bool by_line = task.position_stride != 1 && task.row_stride == 1;
+        if (task.position_stride != 1 && !by_line) {
           for (int64_t f = 0; f < rows; ++f) {
             for (int64_t c = 0; c < source.channels; ++c) {
               const T* from = source.from + f * task.row_stride + c * task.channel_stride;
@@ -272,7 +303,9 @@ void pack_pairs(const AmxPackTask<T>& task) {
                        ? nullptr
                        : task.to + first * task.step + line * task.width + v * kLanes;
         __m512 sums = _mm512_setzero_ps();
-        if (source.count == kPositions<T> && source.channels == kChannels) {
+        if (by_line) {
+          pack_lines(task, source, to, scales, sums);
+        } else if (source.count == kPositions<T> && source.channels == kChannels) {
           pack_positions<true>(task, source, to, scales, sums);
         } else {
           pack_positions<false>(task, source, to, scales, sums);
@@ -327,9 +360,25 @@ void unpack_pairs(const UnpackTask<T>& task) {
   });
 }
 
+template <typename T>
+void round_lines(const UnpackTask<T>& task) {
+  constexpr int kMostRows = TileSet<float>::kMostVectors * kLanes;
+  alignas(64) T line[kMostRows];
+  for (int64_t n = 0; n < task.count; ++n) {
+    const float* from = task.from + n * task.step;
+    for (int64_t f = 0; f < task.rows; f += kLanes) {
+      const __m512i both = round_both<T>(_mm512_loadu_ps(from + f), _mm512_setzero_ps());
+      _mm256_store_si256(reinterpret_cast<__m256i*>(line + f), _mm512_castsi512_si256(both));
+    }
+    copy_run(reinterpret_cast<char*>(task.to + n * task.stride),
+             reinterpret_cast<const char*>(line), task.rows * static_cast<int64_t>(sizeof(T)),
+             task.stream);
+  }
+}
+
 constexpr AmxKernels kKernels = {
-    {&pack_pairs<BFloat16>, &unpack_pairs<BFloat16>},
-    {&pack_pairs<Float16>, &unpack_pairs<Float16>},
+    {&pack_pairs<BFloat16>, &unpack_pairs<BFloat16>, &round_lines<BFloat16>},
+    {&pack_pairs<Float16>, &unpack_pairs<Float16>, &round_lines<Float16>},
     &start,
     &stop,
     {{}, {nullptr, &multiply<1, 1>, &multiply<1, 2>}, {nullptr, &multiply<2, 1>, &multiply<2, 2>}}};
@@ -351,6 +400,8 @@ const linfuse::SimdKernels& linfuse::simd_kernels_amx() {
     SimdKernels made = simd_kernels_avx512();
     made.TurnSet<BFloat16>::unpack = kKernels.AmxTurns<BFloat16>::unpack;
     made.TurnSet<Float16>::unpack = kKernels.AmxTurns<Float16>::unpack;
+    made.TurnSet<BFloat16>::unpack_lines = kKernels.AmxTurns<BFloat16>::unpack_lines;
+    made.TurnSet<Float16>::unpack_lines = kKernels.AmxTurns<Float16>::unpack_lines;
     return made;
   }();
   return kernels;

@@ -19,22 +19,37 @@
 
 namespace linfuse {
 
+// Where the rows f of a matrix have their images, in elements: position n of channel c of a group
+// lies at  f * row + group * this->group + c * channel + n * position.
+struct ImageStrides {
+  int64_t row = 0;
+  int64_t group = 0;
+  int64_t channel = 0;
+  int64_t position = 0;
+
+  // Of a matrix in which the channels, and in them the positions, follow one another.
+  static ImageStrides of_matrix(int64_t row, int64_t column, int64_t channels_of_group,
+                                int64_t positions) {
+    return {row, channels_of_group * positions * column, positions * column, column};
+  }
+};
+
 struct FuseConvLinearParams {
   Geometry geometry;
   int64_t features = 0;  // F, rows of the Linear
   DType dtype = DType::kFloat32;
   const void* conv_weight = nullptr;    // contiguous, as Geometry::weight_index counts
   const void* conv_bias = nullptr;      // [C_out], or null for zeros
-  const void* linear_weight = nullptr;  // [F, rows()], of any strides
-  int64_t linear_stride[2] = {0, 0};    // in elements
+  const void* linear_weight = nullptr;  // [F, rows()]
+  ImageStrides linear_stride;           // any; on a card, those of a matrix
   const void* linear_bias = nullptr;    // [F], or null for zeros
-  void* weight = nullptr;               // [F, cols()]
-  void* bias = nullptr;                 // [F]
+  void* weight = nullptr;               // [F, cols()], without gaps
+  ImageStrides weight_stride;           // any; on a card, those of a contiguous matrix
+  void* bias = nullptr;                 // [F]; null where only the weight is wanted
   int threads = 1;                      // how many the scratch memory is made for
 };
 
-// Scratch memory from the caller, once per call: aligned to 64 bytes, alive until the launcher
-// returns.
+// Scratch memory from the caller, aligned to 64 bytes and alive until the launcher returns.
 using Allocate = std::function<void*(int64_t bytes)>;
 
 void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,

@@ -96,8 +96,8 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream) {
   const int64_t blocks = (items - 1) / kThreads + 1;
   by_element_kernel<T>
       <<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
-          g, static_cast<const T*>(params.linear_weight), params.linear_stride[0],
-          params.linear_stride[1], static_cast<const T*>(params.conv_weight),
+          g, static_cast<const T*>(params.linear_weight), params.linear_stride.row,
+          params.linear_stride.position, static_cast<const T*>(params.conv_weight),
           static_cast<T*>(params.weight), items);
   return cudaGetLastError();
 }

@@ -181,8 +181,8 @@ class ByOutput {
     }
     for (int64_t c = 0; c < plan_.in_channels; ++c) {
       const int64_t channel = group * plan_.in_channels + c;
-      work_.unpack(worker.result + c * count * rows.width, rows.width, rows.first, rows.count,
-                   g_.cols(), channel * g_.in_positions() + positions.first, count);
+      work_.unpack_rows(worker.result + c * count * rows.width, rows.width, rows.first, rows.count,
+                        channel, positions.first, count);
     }
   }
 

@@ -279,8 +279,8 @@ cudaError_t launch(const FuseConvLinearParams& params, TileSize size, cudaStream
   Problem<T> problem{};
   problem.geometry = g;
   problem.linear = static_cast<const T*>(params.linear_weight);
-  problem.feature_stride = params.linear_stride[0];
-  problem.row_stride = params.linear_stride[1];
+  problem.feature_stride = params.linear_stride.row;
+  problem.row_stride = params.linear_stride.position;
   problem.weight = static_cast<const T*>(params.conv_weight);
   problem.fused = static_cast<T*>(params.weight);
   problem.features = params.features;

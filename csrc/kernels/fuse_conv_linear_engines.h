@@ -38,8 +38,8 @@ template <typename T>
 void unpack_channels(const Work<T>& work, const Rows& rows, const Accumulate<T>* sums,
                      int64_t columns, Range channels, int64_t first, int64_t count) {
   for (int64_t c = channels.first; c < channels.last; ++c) {
-    work.unpack(sums + (c - channels.first) * rows.width, columns * rows.width, rows.first,
-                rows.count, work.g.cols(), c * work.g.in_positions() + first, count);
+    work.unpack_rows(sums + (c - channels.first) * rows.width, columns * rows.width, rows.first,
+                     rows.count, c, first, count);
   }
 }
 
@@ -170,14 +170,12 @@ class ChannelVectors {
             Element* to, int64_t step, double* sums, bool) const {
     const FuseConvLinearParams& params = work_.params;
     const T* conv_bias = static_cast<const T*>(params.conv_bias);
-    const int64_t stride = params.linear_stride[0];
-    const T* linear = static_cast<const T*>(params.linear_weight) + rows.first * stride;
+    const int64_t stride = params.linear_stride.row;
     for (int64_t line = lines.first; line < lines.last; ++line) {
       const int64_t channel = c_out + line;
-      const T* from =
-          linear + (channel * work_.g.out_positions() + source) * params.linear_stride[1];
+      const T* from = work_.linear(rows.first, channel, source);
       double parts[TileSet<A>::kMostChannels] = {};
-      for (int64_t n = 0; n < count; ++n, from += params.linear_stride[1]) {
+      for (int64_t n = 0; n < count; ++n, from += params.linear_stride.position) {
         A values[TileSet<A>::kMostChannels];
         for (int64_t f = 0; f < rows.count; ++f) values[f] = static_cast<A>(from[f * stride]);
         for (int64_t f = 0; f < rows.count; ++f) parts[f] += static_cast<double>(values[f]);
@@ -214,8 +212,8 @@ class ChannelVectors {
   void unpack(const Rows& rows, const A* sums, int64_t channels, int64_t channel, int64_t first,
               int64_t count) const {
     for (int64_t f = 0; f < rows.count; ++f) {
-      work_.unpack(sums + f * columns_, rows.width * columns_, channel, channels,
-                   work_.g.in_positions(), (rows.first + f) * work_.g.cols() + first, count);
+      work_.unpack_channels(sums + f * columns_, rows.width * columns_, rows.first + f, channel,
+                            channels, first, count);
     }
   }
 
@@ -278,13 +276,11 @@ class MatrixTiles {
     const FuseConvLinearParams& params = work_.params;
     const int64_t first = kChannels * lines.first;
     const int64_t channel = c_out + first;
-    const int64_t positions = work_.g.out_positions();
     AmxPackTask<T> task = {};
-    task.row_stride = params.linear_stride[0];
-    task.position_stride = params.linear_stride[1];
-    task.channel_stride = positions * task.position_stride;
-    task.from = static_cast<const T*>(params.linear_weight) + rows.first * task.row_stride +
-                channel * task.channel_stride + source * task.position_stride;
+    task.row_stride = params.linear_stride.row;
+    task.channel_stride = params.linear_stride.channel;
+    task.position_stride = params.linear_stride.position;
+    task.from = work_.linear(rows.first, channel, source);
     task.rows = rows.count;
     task.vectors = static_cast<int>(rows.vectors);
     task.count = count;

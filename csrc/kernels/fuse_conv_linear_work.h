@@ -92,14 +92,20 @@ class Work {
     });
   }
 
-  // Packs output positions [source, source + count) of some output channels: position n of channel
-  // c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`, unless that or
+  // The Linear's element of row f at position o of an output channel.
+  const T* linear(int64_t f, int64_t c_out, int64_t o) const {
+    return linear_ + offset(params.linear_stride, g.out_channels_per_group(), f, c_out, o);
+  }
+
+  // Packs output positions [source, source + count) of some output channels of a group: position n
+  // of channel c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`, unless that or
   // `to` is null.
   // With `stream`, past the caches: finish() before another thread reads it.
   void pack(const Rows& rows, Range channels, int64_t source, int64_t count, A* to, int64_t step,
             double* sums, bool stream = false) const {
-    // Where whole channels are packed, one follows the other without a gap.
-    if (count == g.out_positions()) {
+    // Whole channels may follow one another without a gap.
+    if (count == g.out_positions() &&
+        params.linear_stride.channel == count * params.linear_stride.position) {
       pack_piece(rows, channels, source, count, to, step, sums, stream);
       return;
     }
@@ -109,19 +115,17 @@ class Work {
     }
   }
 
-  // Writes `count` neighbouring elements each to `rows` rows of the result, which lie `stride`
-  // apart from `start` on and number from `row`; element n of them lies at `from + n * step`.
-  void unpack(const A* from, int64_t step, int64_t row, int64_t rows, int64_t stride, int64_t start,
-              int64_t count) const {
-    UnpackTask<T> task = {};
-    task.from = from;
-    task.step = step;
-    task.rows = rows;
-    task.count = count;
-    task.to = fused_ + row * stride + start;
-    task.stride = stride;
-    task.stream = stream_;
-    turns.unpack(task);
+  // Writes input positions [first, first + count) of a channel for `rows` rows from f on: position
+  // n of them lies at `from + n * step`.
+  void unpack_rows(const A* from, int64_t step, int64_t f, int64_t rows, int64_t c_in,
+                   int64_t first, int64_t count) const {
+    unpack(from, step, rows, count, params.weight_stride.row, result(f, c_in, first));
+  }
+
+  // The same for some channels of a group and one row.
+  void unpack_channels(const A* from, int64_t step, int64_t f, int64_t c_in, int64_t channels,
+                       int64_t first, int64_t count) const {
+    unpack(from, step, channels, count, params.weight_stride.channel, result(f, c_in, first));
   }
 
   // What conv_bias gives to each f is summed in parts, which are then added in a fixed order.
@@ -146,6 +150,7 @@ class Work {
   }
 
   void write_bias() const {
+    if (params.bias == nullptr) return;
     const T* linear_bias = static_cast<const T*>(params.linear_bias);
     T* bias = static_cast<T*>(params.bias);
     for (int64_t f = 0; f < params.features; ++f) {
@@ -159,12 +164,48 @@ class Work {
   // Elements of a row that are packed at a time: a few lines of cache from each of many rows.
   static constexpr int64_t kPackAtATime = 128;
 
+  static int64_t offset(const ImageStrides& strides, int64_t channels_of_group, int64_t f,
+                        int64_t channel, int64_t position) {
+    return f * strides.row + channel / channels_of_group * strides.group +
+           channel % channels_of_group * strides.channel + position * strides.position;
+  }
+
+  T* result(int64_t f, int64_t c_in, int64_t i) const {
+    return fused_ + offset(params.weight_stride, g.in_channels_per_group(), f, c_in, i);
+  }
+
+  // Element m of position n goes from `from + n * step + m` to `m * stride` behind `to`.
+  void unpack(const A* from, int64_t step, int64_t inner, int64_t count, int64_t stride,
+              T* to) const {
+    const int64_t position = params.weight_stride.position;
+    UnpackTask<T> task = {};
+    task.from = from;
+    task.step = step;
+    task.rows = inner;
+    task.count = count;
+    task.to = to;
+    task.stream = stream_;
+    if (position == 1) {
+      task.stride = stride;
+      turns.unpack(task);
+    } else if (stride == 1) {
+      task.stride = position;
+      turns.unpack_lines(task);
+    } else {
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t m = 0; m < inner; ++m) {
+          to[n * position + m * stride] = static_cast<T>(from[n * step + m]);
+        }
+      }
+    }
+  }
+
   void pack_piece(const Rows& rows, Range channels, int64_t source, int64_t count, A* to,
                   int64_t step, double* sums, bool stream) const {
     const T* conv_bias = static_cast<const T*>(params.conv_bias);
+    const ImageStrides& strides = params.linear_stride;
     const int64_t all = (channels.last - channels.first) * count;
-    const T* from = linear_ + rows.first * params.linear_stride[0] +
-                    (channels.first * g.out_positions() + source) * params.linear_stride[1];
+    const T* from = linear(rows.first, channels.first, source);
     int64_t place[kPackAtATime];
     A scale[kPackAtATime];
     int64_t c = 0;
@@ -180,19 +221,22 @@ class Work {
         }
       }
       PackTask<T> task = {};
-      task.from = from + first * params.linear_stride[1];
-      task.stride = params.linear_stride[0];
+      task.from = from + first * strides.position;
+      task.stride = strides.row;
       task.rows = rows.count;
       task.count = some;
       task.vectors = static_cast<int>(rows.vectors);
-      task.next = count == g.out_positions() ? 0 : g.out_positions() * params.linear_stride[1];
+      task.next = count == g.out_positions() ? 0 : strides.channel;
       task.place = to == nullptr ? nullptr : place;
       task.to = to;
       task.stream = stream;
       task.sums = sums;
       task.scale = scale;
-      if (params.linear_stride[1] == 1) {
+      if (strides.position == 1) {
         turns.pack(task);
+      } else if (strides.row == 1) {
+        task.stride = strides.position;
+        turns.pack_lines(task);
       } else {
         pack_strided(task);
       }
@@ -212,7 +256,7 @@ class Work {
     for (int v = 0; v < vectors; ++v) {
       task.rows = std::min<int64_t>(tiles.lanes, rows - v * tiles.lanes);
       for (int64_t n = 0; n < task.count; ++n) {
-        const T* column = from + n * params.linear_stride[1];
+        const T* column = from + n * params.linear_stride.position;
         for (int64_t f = 0; f < task.rows; ++f) copy[f * kPackAtATime + n] = column[f * stride];
       }
       turns.pack(task);

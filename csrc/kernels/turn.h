@@ -1,12 +1,17 @@
 // Between a matrix of rows f, as torch has it, and one with f innermost, as the tiles want it:
 //
-//   pack     to[place[n] + f] = from[f * stride + n]
-//   unpack   to[f * stride + n] = from[n * step + f]
+//   pack           to[place[n] + f] = from[f * stride + n]
+//   unpack         to[f * stride + n] = from[n * step + f]
 //
-// Both turn square blocks of one vector by one vector inside registers, and convert between T and
-// Accumulate<T> on the way. Either may write past the caches, for what is far larger than they are:
-// a store that misses would wait for a line that nobody needs. turn.inl is the one source, compiled
-// once per SIMD level and type.
+// or with one that has f innermost itself:
+//
+//   pack_lines     to[place[n] + f] = from[n * stride + f]
+//   unpack_lines   to[n * stride + f] = from[n * step + f]
+//
+// The first two turn square blocks of one vector by one vector inside registers. All convert
+// between T and Accumulate<T> on the way, and may write past the caches, for what is far larger
+// than they are: a store that misses would wait for a line that nobody needs. turn.inl is the one
+// source, compiled once per SIMD level and type.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +24,7 @@ namespace linfuse {
 template <typename T>
 struct PackTask {
   const T* from;         // row 0
-  int64_t stride;        // from one row to the next
+  int64_t stride;        // from one row to the next, or from one n
   int64_t rows;          // that exist; the rest of the vectors is filled with zeros
   int64_t count;         // n
   int vectors;           // of f
@@ -27,7 +32,7 @@ struct PackTask {
   const int64_t* place;  // null where only the sums are wanted
   Accumulate<T>* to;
   bool stream;  // whether to write past the caches
-  // Where wanted, sums[f] += sum over n of scale[n] * from[f * stride + n]: in
+  // Where wanted, sums[f] += sum over n of scale[n] times what goes to place[n] + f: in
   // Accumulate<T> over a few neighbours, then in double.
   double* sums;
   const Accumulate<T>* scale;
@@ -48,6 +53,8 @@ template <typename T>
 struct TurnSet {
   void (*pack)(const PackTask<T>& task);
   void (*unpack)(const UnpackTask<T>& task);
+  void (*pack_lines)(const PackTask<T>& task);
+  void (*unpack_lines)(const UnpackTask<T>& task);
   // Makes what was streamed visible to other threads.
   void (*finish)();
 };

@@ -207,6 +207,65 @@ void unpack(const UnpackTask<T>& task) {
   });
 }
 
+// The first `count` of a line.
+template <typename T, typename A = Accumulate<T>>
+inline typename Block<A>::Vector load_part(const T* from, int64_t count) {
+  typename Block<A>::Vector line = {};
+  for (int n = 0; n < count; ++n) line[n] = static_cast<A>(from[n]);
+  return line;
+}
+
+template <typename T>
+void pack_lines(const PackTask<T>& task) {
+  using A = Accumulate<T>;
+  using Vector = typename Block<A>::Vector;
+  constexpr int kLanes = Block<A>::kLanes;
+  // Lines that lie far apart are no stream that hardware follows.
+  constexpr int64_t kAhead = 8;
+  for (int64_t start = 0; start < task.count; start += kLanes) {
+    const int64_t stop = start + kLanes < task.count ? start + kLanes : task.count;
+    for (int v = 0; v < task.vectors; ++v) {
+      const int64_t rows = task.rows - int64_t{v} * kLanes;
+      const T* from = task.from + v * kLanes;
+      Vector part = {};
+      for (int64_t n = start; n < stop; ++n) {
+        __builtin_prefetch(from + (n + kAhead) * task.stride);
+        const Vector line = rows >= kLanes ? load_line<T>(from + n * task.stride)
+                                           : load_part(from + n * task.stride, rows);
+        if (task.place != nullptr) {
+          A* to = task.to + task.place[n] + v * kLanes;
+          task.stream ? stream_line(to, line) : store_line<A>(to, line);
+        }
+        if (task.sums != nullptr) part += line * task.scale[n];
+      }
+      if (task.sums != nullptr) add_to_sums<A>(part, task.sums + v * kLanes);
+    }
+  }
+}
+
+template <typename T>
+void unpack_lines(const UnpackTask<T>& task) {
+  using A = Accumulate<T>;
+  using Vector = typename Block<A>::Vector;
+  constexpr int kLanes = Block<A>::kLanes;
+  constexpr int kMostRows = TileSet<A>::kMostVectors * kLanes;
+  alignas(64) T line[std::is_same_v<T, A> ? 1 : kMostRows];
+  for (int64_t n = 0; n < task.count; ++n) {
+    const A* from = task.from + n * task.step;
+    const auto* bytes = reinterpret_cast<const char*>(from);
+    if constexpr (!std::is_same_v<T, A>) {
+      for (int64_t f = 0; f < task.rows; f += kLanes) {
+        Vector values;
+        std::memcpy(&values, from + f, sizeof(values));
+        store_line<T>(line + f, values);
+      }
+      bytes = reinterpret_cast<const char*>(line);
+    }
+    copy_run(reinterpret_cast<char*>(task.to + n * task.stride), bytes,
+             task.rows * static_cast<int64_t>(sizeof(T)), task.stream);
+  }
+}
+
 inline void finish() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -215,5 +274,5 @@ inline void finish() {
 
 template <typename T>
 TurnSet<T> make_turn_set() {
-  return {&pack<T>, &unpack<T>, &finish};
+  return {&pack<T>, &unpack<T>, &pack_lines<T>, &unpack_lines<T>, &finish};
 }

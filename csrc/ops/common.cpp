@@ -89,6 +89,17 @@ const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
+void* Scratch::operator()(int64_t bytes) {
+  constexpr int64_t kAlignment = 64;
+  if (bytes <= kSmall - taken_) {
+    void* const block = small_ + taken_;
+    taken_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return block;
+  }
+  blocks_.push_back(allocate(op_, like_, {bytes}, ScalarType::Byte));
+  return blocks_.back().mutable_data_ptr();
+}
+
 ParallelFor torch_parallel_for() {
   return [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     if (count > 0) torch::stable::parallel_for(0, count, grain, body);

@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -49,6 +51,32 @@ Tensor allocate(const char* op, const Tensor& like, const IntList& size,
 
 // The data of an optional tensor, null where there is none.
 const void* data_or_null(const std::optional<Tensor>& tensor);
+
+// Calls an op that returns a weight and a bias, by its full name.
+template <typename... Arguments>
+std::tuple<Tensor, Tensor> call_op(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  using torch::stable::detail::to;
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// Scratch memory for a kernel, while this lives. What small layers need is on the stack; more comes
+// from torch, so that running out of memory is torch's own error.
+class [[gnu::visibility("hidden")]] Scratch {
+ public:
+  Scratch(const char* op, const Tensor& like) : op_(op), like_(like) {}
+  void* operator()(int64_t bytes);
+
+ private:
+  static constexpr int64_t kSmall = int64_t{1} << 15;
+
+  const char* op_;
+  const Tensor& like_;
+  alignas(64) char small_[kSmall];
+  int64_t taken_ = 0;  // of small_
+  std::vector<Tensor> blocks_;
+};
 
 // torch's thread pool, in the kernels' terms.
 ParallelFor torch_parallel_for();

@@ -1,4 +1,4 @@
-// Who computes the product of fuse_conv_linear: our kernels or torch's convolution.
+// Who computes the products of fuse_conv_linear and fuse_linear_conv: our kernels or torch's convolution.
 #pragma once
 
 #include <string>

@@ -1,7 +1,6 @@
 #include "../kernels/fuse_conv_linear.h"
 
-#include <array>
-#include <tuple>
+#include <functional>
 
 #include "common.h"
 #include "engine.h"
@@ -10,24 +9,6 @@ namespace linfuse {
 namespace {
 
 constexpr char kOp[] = "fuse_conv_linear";
-constexpr int64_t kSmallScratch = int64_t{1} << 15;
-
-// Calls the op of Python that has torch's convolution do it.
-std::tuple<Tensor, Tensor> by_torch(
-    const Tensor& conv_weight, const std::optional<Tensor>& conv_bias, const Tensor& linear_weight,
-    const std::optional<Tensor>& linear_bias, const IntList& input_size, const IntList& stride,
-    const IntList& padding, const IntList& dilation, int64_t groups, bool transposed,
-    const IntList& output_padding, const std::string& padding_mode) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 12> stack{from(conv_weight), from(conv_bias),      from(linear_weight),
-                                     from(linear_bias), from(input_size),     from(stride),
-                                     from(padding),     from(dilation),       from(groups),
-                                     from(transposed),  from(output_padding), from(padding_mode)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("linfuse::fuse_conv_linear_by_torch", "",
-                                               stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
 
 std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Tensor> conv_bias,
                                             Tensor linear_weight, std::optional<Tensor> linear_bias,
@@ -58,8 +39,9 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   }
 
   if (goes_by_torch(conv_weight.is_cuda())) {
-    return by_torch(conv_weight, conv_bias, linear_weight, linear_bias, input_size, stride, padding,
-                    dilation, groups, transposed, output_padding, padding_mode);
+    return call_op("linfuse::fuse_conv_linear_by_torch", conv_weight, conv_bias, linear_weight,
+                   linear_bias, input_size, stride, padding, dilation, groups, transposed,
+                   output_padding, padding_mode);
   }
   conv_weight = as_contiguous(conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
@@ -67,10 +49,14 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.conv_weight = conv_weight.const_data_ptr();
   params.conv_bias = data_or_null(conv_bias);
   params.linear_weight = linear_weight.const_data_ptr();
-  params.linear_stride[0] = linear_weight.stride(0);
-  params.linear_stride[1] = linear_weight.stride(1);
+  params.linear_stride =
+      ImageStrides::of_matrix(linear_weight.stride(0), linear_weight.stride(1),
+                              geometry.out_channels_per_group(), geometry.out_positions());
   params.linear_bias = data_or_null(linear_bias);
   params.weight = weight.mutable_data_ptr();
+  params.weight_stride =
+      ImageStrides::of_matrix(geometry.cols(), 1, geometry.in_channels_per_group(),
+                              geometry.in_positions());
   params.bias = bias.mutable_data_ptr();
 #if defined(LINFUSE_WITH_CUDA)
   if (conv_weight.is_cuda()) {
@@ -80,16 +66,8 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   }
 #endif
   params.threads = static_cast<int>(torch::stable::get_num_threads());
-
-  // What small layers need is on the stack; more comes from torch, so that running out of memory is
-  // torch's own error.
-  alignas(64) char small_scratch[kSmallScratch];
-  std::optional<Tensor> scratch;
-  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), [&](int64_t bytes) -> void* {
-    if (bytes <= kSmallScratch) return small_scratch;
-    scratch = allocate(kOp, conv_weight, {bytes}, torch::headeronly::ScalarType::Byte);
-    return scratch->mutable_data_ptr();
-  });
+  Scratch scratch(kOp, conv_weight);
+  launch_fuse_conv_linear_cpu(params, torch_parallel_for(), std::ref(scratch));
   return {weight, bias};
 }
 

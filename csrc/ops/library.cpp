@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(linfuse, m) {
       "fuse_linear_conv(Tensor linear_weight, Tensor? linear_bias, Tensor conv_weight, "
       "Tensor? conv_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
   m.def(
+      "fuse_linear_conv_by_torch(Tensor linear_weight, Tensor? linear_bias, Tensor conv_weight, "
+      "Tensor? conv_bias, " LINFUSE_GEOMETRY ") -> (Tensor weight, Tensor bias)");
+  m.def(
       "fuse_conv_conv(Tensor first_weight, Tensor? first_bias, Tensor second_weight, "
       "Tensor? second_bias, SymInt[1] first_stride=1, SymInt[1] first_dilation=1, "
       "SymInt first_groups=1, SymInt[1] second_dilation=1, SymInt second_groups=1) "

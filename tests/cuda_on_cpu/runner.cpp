@@ -259,8 +259,8 @@ const char* fuse_conv_linear(const Problem* problem, const char* way, int64_t fe
     params.conv_weight = conv_weight_copy.data();
     params.conv_bias = conv_bias == nullptr ? nullptr : conv_bias_copy.data();
     params.linear_weight = linear_weight_copy.data();
-    params.linear_stride[0] = static_cast<int64_t>(rows);
-    params.linear_stride[1] = 1;
+    params.linear_stride.row = static_cast<int64_t>(rows);
+    params.linear_stride.position = 1;
     params.linear_bias = linear_bias == nullptr ? nullptr : linear_bias_copy.data();
     params.weight = weight_made.data();
     params.bias = bias_made.data();
