@@ -152,15 +152,24 @@ def tap_spacing(
     )
 
 
+def merged_size(
+    kernel_sizes: tuple[Sequence[int], Sequence[int]], steps: tuple[Sequence[int], Sequence[int]]
+) -> tuple[int, ...]:
+    """The size of a merged kernel whose taps lie tap_spacing apart, per axis."""
+    return tuple(
+        ((k1 - 1) * step1 + (k2 - 1) * step2) // apart + 1
+        for k1, k2, step1, step2, apart in zip(
+            *kernel_sizes, *steps, tap_spacing(kernel_sizes, steps), strict=True
+        )
+    )
+
+
 def _merged_kernel(first: Conv, second: Conv, steps: tuple[Sequence[int], Sequence[int]]) -> Conv:
     """`first` with the kernel size and dilation of the merged kernel."""
     sizes = (first.kernel_size, second.kernel_size)
-    dilation = tap_spacing(sizes, steps)
-    kernel_size = tuple(
-        ((k1 - 1) * step1 + (k2 - 1) * step2) // apart + 1
-        for k1, k2, step1, step2, apart in zip(*sizes, *steps, dilation, strict=True)
+    return first._replace(
+        kernel_size=merged_size(sizes, steps), dilation=tap_spacing(sizes, steps)
     )
-    return first._replace(kernel_size=kernel_size, dilation=dilation)
 
 
 def _times(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import sparse, torch_engine
 from .composition import Conv, Merge, compose
-from .geometry import Geometry, as_int, make_geometry, make_settings
+from .geometry import Geometry, as_int, make_geometry, make_settings, remembered
 from .operands import check_bias, check_tensor
-from .registrations import call
+from .registrations import call, call_with
 
 __all__ = [
     "conv_to_affine",
@@ -392,11 +392,20 @@ def check_pair(op: str, first_weight: Tensor, second_weight: Tensor) -> None:
     check_tensor(op, "second_weight", second_weight, first_weight)
 
 
-def _settings(op: str, name: str, weight: Tensor, bias: Tensor | None, *settings: Any) -> Conv:
-    """The checked settings of one of two convolutions."""
-    made = make_settings(f"{op}, {name} layer", weight.shape, *settings)
-    check_bias(op, f"{name}_bias", bias, weight, made.out_channels)
-    return Conv.of(made, bias is not None)
+@remembered
+def _merge(
+    op: str,
+    first_size: Sequence[int],
+    second_size: Sequence[int],
+    first_has_bias: bool,
+    second_has_bias: bool,
+    *settings: Any,
+) -> Merge:
+    """The merge of two convolutions, from their weights' sizes and the settings of both in turn."""
+    each = len(settings) // 2
+    first = make_settings(f"{op}, first layer", first_size, *settings[:each])
+    second = make_settings(f"{op}, second layer", second_size, *settings[each:])
+    return compose(op, Conv.of(first, first_has_bias), Conv.of(second, second_has_bias))
 
 
 def fuse_conv_conv(
@@ -467,19 +476,17 @@ def fuse_conv_conv(
     """
     op = "fuse_conv_conv"
     check_pair(op, first_weight, second_weight)
-    first = _settings(
-        op, "first", first_weight, first_bias,
+    merge = _merge(
+        op, first_weight.shape, second_weight.shape,
+        first_bias is not None, second_bias is not None,
         first_stride, first_padding, first_dilation, first_groups,
         first_transposed, first_output_padding, first_padding_mode,
-    )  # fmt: skip
-    second = _settings(
-        op, "second", second_weight, second_bias,
         second_stride, second_padding, second_dilation, second_groups,
         second_transposed, second_output_padding, second_padding_mode,
     )  # fmt: skip
-    return merge_weights(
-        compose(op, first, second), first_weight, first_bias, second_weight, second_bias
-    )
+    check_bias(op, "first_bias", first_bias, first_weight, merge.first.out_channels)
+    check_bias(op, "second_bias", second_bias, first_weight, merge.second.out_channels)
+    return merge_weights(merge, first_weight, first_bias, second_weight, second_bias)
 
 
 def merge_weights(
@@ -507,11 +514,9 @@ def merge_weights(
     if merge.turn_second:
         second_weight = torch_engine.turn(second_weight, second.groups)
     if not merge.result.transposed:
-        weight, bias = _OPS.fuse_conv_conv(
-            first_weight,
-            first_bias,
-            second_weight,
-            second_bias,
+        weight, bias = call_with(
+            _OPS.fuse_conv_conv.default,
+            (first_weight, first_bias, second_weight, second_bias),
             first.stride,
             first.dilation,
             first.groups,
@@ -521,11 +526,9 @@ def merge_weights(
         return weight, bias
     # A transposed convolution is the adjoint of the convolution of the same weight, and the adjoint
     # of two maps in a row is that of the second, then that of the first.
-    weight, _ = _OPS.fuse_conv_conv(
-        second_weight,
-        None,
-        first_weight,
-        None,
+    weight, _ = call_with(
+        _OPS.fuse_conv_conv.default,
+        (second_weight, None, first_weight, None),
         second.stride,
         second.dilation,
         second.groups,

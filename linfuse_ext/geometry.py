@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -20,6 +20,41 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**63 - 1
 _PLAIN_TYPES = frozenset({int, bool, str})
 _INT_TYPE = frozenset({int})
+
+
+_Checks = TypeVar("_Checks", bound=Callable[..., Any])
+
+
+def remembered(checks: _Checks) -> _Checks:
+    """Remembers what checks of plain numbers and strings returned: they outlast a small op.
+
+    Errors are not remembered: they are raised each time.
+    """
+    remember = functools.lru_cache(maxsize=256, typed=True)(checks)
+
+    @functools.wraps(checks)
+    def check(*arguments: Any, **named: Any) -> Any:
+        # What torch.compile traces has symbols in it, and ints that stand for symbols.
+        plain = not torch.compiler.is_compiling() and _are_plain(*arguments, *named.values())
+        return (remember if plain else checks)(*arguments, **named)
+
+    return cast(_Checks, check)
+
+
+def _are_plain(*arguments: Any) -> bool:
+    """Whether arguments that are equal, and of equal types, are the same to every check.
+
+    As 1, 1.0 and True are equal, a tuple of ints may equal one that must be refused; lists change,
+    and a SymInt belongs to one trace. Most calls have none of these.
+    """
+    for argument in arguments:
+        kind = type(argument)
+        if kind is tuple or kind is torch.Size:
+            if not _INT_TYPE.issuperset(map(type, argument)):
+                return False
+        elif kind not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 class Geometry(NamedTuple):
@@ -242,6 +277,7 @@ def make_settings(
     return geometry
 
 
+@remembered
 def make_geometry(
     op: str, weight_size: Sequence[int], input_size: Any, *settings: Any, **named: Any
 ) -> Geometry:
@@ -261,33 +297,6 @@ def make_geometry(
         TypeError: An argument is not of the type that it must be.
         ValueError: An argument breaks a requirement; the message names it and its value.
     """
-    # What torch.compile traces has symbols in it, and ints that stand for symbols.
-    if not torch.compiler.is_compiling() and _are_plain(
-        weight_size, input_size, *settings, *named.values()
-    ):
-        return _remembered_geometry(op, weight_size, input_size, *settings, **named)
-    return _make_geometry(op, weight_size, input_size, *settings, **named)
-
-
-def _are_plain(*arguments: Any) -> bool:
-    """Whether arguments that are equal, and of equal types, are the same to every check.
-
-    As 1, 1.0 and True are equal, a tuple of ints may equal one that must be refused; lists change,
-    and a SymInt belongs to one trace. Most calls have none of these.
-    """
-    for argument in arguments:
-        kind = type(argument)
-        if kind is tuple or kind is torch.Size:
-            if not _INT_TYPE.issuperset(map(type, argument)):
-                return False
-        elif kind not in _PLAIN_TYPES:
-            return False
-    return True
-
-
-def _make_geometry(
-    op: str, weight_size: Sequence[int], input_size: Any, *settings: Any, **named: Any
-) -> Geometry:
     geometry = make_settings(op, weight_size, *settings, **named)
     axes = len(geometry.kernel_size)
     geometry = geometry._replace(input_size=_per_axis(op, "input_size", input_size, axes, 1))
@@ -295,10 +304,6 @@ def _make_geometry(
     geometry = geometry._replace(output_size=_output_size(op, geometry))
     _check_fits(op, geometry)
     return geometry
-
-
-# The checks take longer than a small op. Errors are not remembered: they are raised each time.
-_remembered_geometry = functools.lru_cache(maxsize=256, typed=True)(_make_geometry)
 
 
 def _check_output_padding(op: str, geometry: Geometry) -> None:

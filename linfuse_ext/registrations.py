@@ -7,7 +7,8 @@ Importing this module registers them. The formulas:
 
     fuse_conv_linear, convolve_rows and fuse_conv_linear_backward_conv are the
     three partial derivatives of one trilinear form (torch_engine.py), so that the derivatives of
-    each are the other two: derivatives of every order close on these three ops.
+    each are the other two: derivatives of every order close on these three ops. fuse_linear_conv
+    is the second of them with a bias, and its derivatives are the other two as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _C, torch_engine
+from .composition import common_divisor, merged_size
 from .geometry import Geometry, make_geometry
 from .operands import check_bias, check_tensor
 
@@ -94,12 +96,18 @@ def call(
     Returns:
         What the op returns.
     """
-    arguments, keywords = geometry.op_arguments, geometry.op_keywords
+    return call_with(op, operands, *geometry.op_arguments, **geometry.op_keywords, **options)
+
+
+def call_with(
+    op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """The same with all arguments spelled out."""
     if _is_plain_call(operands):
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = op(*operands, *arguments, **keywords, **options)
+            outputs: tuple[Tensor, ...] = op(*operands, *arguments, **options)
             return outputs
-    outputs = op(*operands, *arguments, **keywords, **options)
+    outputs = op(*operands, *arguments, **options)
     return outputs
 
 
@@ -310,11 +318,10 @@ if not _has_cuda_kernels():
     torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
 
 
-# Ops that are compositions of differentiable ones, and so need nothing else -----------------------
+# fuse_conv_conv, which is differentiated as torch differentiates the convolution that it is --------
 
 
-@torch.library.impl("linfuse::fuse_conv_conv", "CompositeImplicitAutograd")
-def _(
+def fuse_conv_conv_by_torch(
     first_weight: Tensor,
     first_bias: Tensor | None,
     second_weight: Tensor,
@@ -325,7 +332,29 @@ def _(
     second_dilation: Sequence[int] = (1,),
     second_groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The merged kernel and bias, in float64 and rounded once; exactness is the caller's matter."""
+    """The merged kernel and bias by torch's convolution: on CUDA, and where gradients are wanted.
+
+    In float64 and rounded once, as our kernel; exactness is the caller's matter.
+    """
+    steps = _check_fuse_conv_conv(
+        first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
+    )
+    weight = torch_engine.composed_kernel(
+        first_weight.double(), second_weight.double(), steps, (first_groups, second_groups)
+    )
+    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
+    return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
+
+
+def _check_fuse_conv_conv(
+    first_weight: Tensor,
+    second_weight: Tensor,
+    first_stride: Sequence[int],
+    first_dilation: Sequence[int],
+    second_dilation: Sequence[int],
+    second_groups: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What an element of each kernel moves by, per axis, once the weights are known to fit."""
     axes = first_weight.dim() - 2
     if not 1 <= axes <= 3 or second_weight.dim() != axes + 2:
         raise ValueError(
@@ -341,14 +370,46 @@ def _(
         tuple(values) * axes if len(values) == 1 else tuple(values)
         for values in (first_stride, first_dilation, second_dilation)
     )
-    weight = torch_engine.composed_kernel(
-        first_weight.double(),
-        second_weight.double(),
-        (dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))),
-        (first_groups, second_groups),
+    return dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
+
+
+torch.library.impl("linfuse::fuse_conv_conv", "cuda", fuse_conv_conv_by_torch)
+
+
+@torch.library.register_fake("linfuse::fuse_conv_conv")
+def _(
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+    first_stride: Sequence[int] = (1,),
+    first_dilation: Sequence[int] = (1,),
+    first_groups: int = 1,
+    second_dilation: Sequence[int] = (1,),
+    second_groups: int = 1,
+) -> Any:
+    steps = _check_fuse_conv_conv(
+        first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
     )
-    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
-    return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
+    sizes = first_weight.shape[2:], second_weight.shape[2:]
+    common = common_divisor(first_groups, second_groups)
+    weight = first_weight.new_empty(
+        second_weight.shape[0],
+        first_weight.shape[1] * (first_groups // common),
+        *merged_size(sizes, steps),
+    )
+    return weight, first_weight.new_empty(second_weight.shape[0])
+
+
+@torch.library.impl("linfuse::fuse_conv_conv", "Autograd")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(
+        isinstance(each, Tensor) and each.requires_grad for each in arguments
+    ):
+        return fuse_conv_conv_by_torch(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs: tuple[Tensor, Tensor] = _OPS.fuse_conv_conv(*arguments)
+    return outputs
 
 
 # Autograd -----------------------------------------------------------------------------------------
@@ -549,3 +610,5 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _name, (_gradient, _save) in _AUTOGRAD.items():
     torch.library.register_autograd(f"linfuse::{_name}", _gradient, setup_context=_save)
     torch.library.register_vmap(f"linfuse::{_name}", _one_by_one(getattr(_OPS, _name)))
+
+torch.library.register_vmap("linfuse::fuse_conv_conv", _one_by_one(_OPS.fuse_conv_conv))
