@@ -167,9 +167,7 @@ def merged_size(
 def _merged_kernel(first: Conv, second: Conv, steps: tuple[Sequence[int], Sequence[int]]) -> Conv:
     """`first` with the kernel size and dilation of the merged kernel."""
     sizes = (first.kernel_size, second.kernel_size)
-    return first._replace(
-        kernel_size=merged_size(sizes, steps), dilation=tap_spacing(sizes, steps)
-    )
+    return first._replace(kernel_size=merged_size(sizes, steps), dilation=tap_spacing(sizes, steps))
 
 
 def _times(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:

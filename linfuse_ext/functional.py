@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import sparse, torch_engine
+from .calls import call, call_with
 from .composition import Conv, Merge, compose
 from .geometry import Geometry, as_int, make_geometry, make_settings, remembered
 from .operands import check_bias, check_tensor
-from .registrations import call, call_with
 
 __all__ = [
     "conv_to_affine",

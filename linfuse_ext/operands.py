@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .geometry import DTYPES
+from .geometry import DTYPES, Geometry, make_geometry
 
 Size = tuple[int | None, ...]
 
@@ -63,6 +66,88 @@ def check_bias(op: str, name: str, bias: Tensor | None, like: Tensor, size: int)
     """Checks a vector that may be left out."""
     if bias is not None:
         check_tensor(op, name, bias, like, (size,))
+
+
+def op_geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geometry:
+    """The geometry from an op's arguments, input_size first; `rows` is not part of it."""
+    # The dispatcher makes lists of what were tuples.
+    spelled = (tuple(a) if isinstance(a, list) else a for a in (weight_size, *arguments))
+    keywords = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in keywords.items()
+        if name != "rows"
+    }
+    return make_geometry(op, *spelled, **keywords)
+
+
+def op_rows(op: str, geometry: Geometry, keywords: Any) -> tuple[int, int]:
+    """[start, stop) of the matrix's rows from an op's arguments; all of them without `rows`."""
+    rows = keywords.get("rows")
+    if rows is None:
+        return 0, geometry.rows
+    if len(rows) != 2 or not (rows[0] >= 0 and rows[0] <= rows[1] and rows[1] <= geometry.rows):
+        raise ValueError(
+            f"{op}: `rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
+            f"got {tuple(rows)}"
+        )
+    return rows[0], rows[1]
+
+
+def check_fuse_conv_linear(
+    op: str,
+    geometry: Geometry,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+) -> None:
+    """Checks the operands of fuse_conv_linear against their geometry."""
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight, (None, geometry.rows))
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
+
+
+def check_fuse_linear_conv(
+    op: str,
+    geometry: Geometry,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+) -> None:
+    """Checks the operands of fuse_linear_conv against their geometry."""
+    check_tensor(op, "conv_weight", conv_weight)
+    check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
+    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
+    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+
+
+def check_fuse_conv_conv(
+    first_weight: Tensor,
+    second_weight: Tensor,
+    first_stride: Sequence[int],
+    first_dilation: Sequence[int],
+    second_dilation: Sequence[int],
+    second_groups: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What an element of each kernel moves by, per axis, once the weights are known to fit."""
+    axes = first_weight.dim() - 2
+    if not 1 <= axes <= 3 or second_weight.dim() != axes + 2:
+        raise ValueError(
+            "fuse_conv_conv: both weights must have the same 3, 4 or 5 dimensions, got shapes "
+            f"{tuple(first_weight.shape)} and {tuple(second_weight.shape)}"
+        )
+    if first_weight.shape[0] != second_weight.shape[1] * second_groups:
+        raise ValueError(
+            f"fuse_conv_conv: `second_weight` must take the {first_weight.shape[0]} channels that "
+            f"the first puts out, got {second_weight.shape[1] * second_groups}"
+        )
+    stride, dilation, second_dilation = (
+        tuple(values) * axes if len(values) == 1 else tuple(values)
+        for values in (first_stride, first_dilation, second_dilation)
+    )
+    return dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
 
 
 def _fits(tensor: Tensor, size: Size) -> bool:

@@ -19,134 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, torch_engine
 from .composition import common_divisor, merged_size
-from .geometry import Geometry, make_geometry
-from .operands import check_bias, check_tensor
+from .operands import (
+    check_bias,
+    check_fuse_conv_conv,
+    check_fuse_conv_linear,
+    check_fuse_linear_conv,
+    check_tensor,
+    op_geometry,
+    op_rows,
+)
+from .torch_ops import fuse_conv_conv_by_torch
 
 _OPS = torch.ops.linfuse
-
-
-def _geometry(op: str, weight_size: Any, arguments: Any, keywords: Any) -> Geometry:
-    """The geometry from an op's arguments, input_size first; `rows` is not part of it."""
-    # The dispatcher makes lists of what were tuples.
-    spelled = (tuple(a) if isinstance(a, list) else a for a in (weight_size, *arguments))
-    keywords = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in keywords.items()
-        if name != "rows"
-    }
-    return make_geometry(op, *spelled, **keywords)
-
-
-def _rows(op: str, geometry: Geometry, keywords: Any) -> tuple[int, int]:
-    rows = keywords.get("rows")
-    if rows is None:
-        return 0, geometry.rows
-    if len(rows) != 2 or not (rows[0] >= 0 and rows[0] <= rows[1] and rows[1] <= geometry.rows):
-        raise ValueError(
-            f"{op}: `rows` must be (start, stop) with 0 <= start <= stop <= {geometry.rows}, "
-            f"got {tuple(rows)}"
-        )
-    return rows[0], rows[1]
-
-
-def _check_fuse_conv_linear(
-    op: str,
-    geometry: Geometry,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-) -> None:
-    check_tensor(op, "conv_weight", conv_weight)
-    check_tensor(op, "linear_weight", linear_weight, conv_weight, (None, geometry.rows))
-    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-    check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
-
-
-def _check_fuse_linear_conv(
-    op: str,
-    geometry: Geometry,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-) -> None:
-    check_tensor(op, "conv_weight", conv_weight)
-    check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
-    check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
-    check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
-
-
-# Calls --------------------------------------------------------------------------------------------
-
-
-def call(
-    op: Any, geometry: Geometry, *operands: Tensor | None, **options: Any
-) -> tuple[Tensor, ...]:
-    """Calls an op whose derivatives are given to register_autograd, with checked operands.
-
-    Args:
-        op: An overload of torch.ops.linfuse.
-        geometry: What its geometry arguments are taken from.
-        *operands: The tensors that stand before them.
-        **options: What stands after them.
-
-    Returns:
-        What the op returns.
-    """
-    return call_with(op, operands, *geometry.op_arguments, **geometry.op_keywords, **options)
-
-
-def call_with(
-    op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
-) -> tuple[Tensor, ...]:
-    """The same with all arguments spelled out."""
-    if _is_plain_call(operands):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = op(*operands, *arguments, **options)
-            return outputs
-    outputs = op(*operands, *arguments, **options)
-    return outputs
-
-
-def _is_plain_call(operands: tuple[Tensor | None, ...]) -> bool:
-    """Whether the layer that register_autograd installs has nothing to do but to cost time.
-
-    That layer is a Python function between the caller and the kernel, and takes longer than the
-    kernel of a small op. Where no operand wants a gradient it goes on below autograd and does no
-    more (torch/_library/autograd.py), so that a call may begin there. Whatever looks at a call
-    before autograd does must see it as it is, and its own code must run with autograd on: traces,
-    transforms of torch.func (their tensors are of the plain type), function modes, and subclasses
-    of Tensor. Dispatch modes come below autograd anyway.
-    """
-    if (
-        not _CAN_SKIP_AUTOGRAD
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_function_stack() > 0
-    ):
-        return False
-    grad = torch.is_grad_enabled()
-    for operand in operands:
-        if operand is None:
-            continue
-        if type(operand) not in _PLAIN_TENSORS or (grad and operand.requires_grad):
-            return False
-    return True
-
-
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-# Parts of torch without a promise: a version that lacks one is served the ordinary way.
-_CAN_SKIP_AUTOGRAD = all(
-    hasattr(torch._C, name)
-    for name in (
-        "_AutoDispatchBelowAutograd",
-        "_are_functorch_transforms_active",
-        "_len_torch_function_stack",
-    )
-)
 
 
 # Fake kernels -------------------------------------------------------------------------------------
@@ -155,18 +40,18 @@ _CAN_SKIP_AUTOGRAD = all(
 @torch.library.register_fake("linfuse::conv_to_affine")
 def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> Any:
     op = "conv_to_affine"
-    geometry = _geometry(op, weight.shape, arguments, keywords)
+    geometry = op_geometry(op, weight.shape, arguments, keywords)
     check_tensor(op, "weight", weight)
     check_bias(op, "bias", bias, weight, geometry.out_channels)
-    start, stop = _rows(op, geometry, keywords)
+    start, stop = op_rows(op, geometry, keywords)
     return weight.new_empty(stop - start, geometry.cols), weight.new_empty(stop - start)
 
 
 @torch.library.register_fake("linfuse::conv_to_affine_backward")
 def _(grad_matrix: Tensor, weight_size: Any, *arguments: Any, **keywords: Any) -> Any:
     op = "conv_to_affine_backward"
-    geometry = _geometry(op, weight_size, arguments, keywords)
-    start, stop = _rows(op, geometry, keywords)
+    geometry = op_geometry(op, weight_size, arguments, keywords)
+    start, stop = op_rows(op, geometry, keywords)
     check_tensor(op, "grad_matrix", grad_matrix, None, (stop - start, geometry.cols))
     return grad_matrix.new_empty(weight_size)
 
@@ -181,8 +66,8 @@ def _(
     **keywords: Any,
 ) -> Any:
     op = "fuse_conv_linear"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
+    check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
     features = linear_weight.shape[0]
     return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
 
@@ -197,8 +82,8 @@ def _(
     **keywords: Any,
 ) -> Any:
     op = "fuse_linear_conv"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
+    check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
     features = linear_weight.shape[1]
     return conv_weight.new_empty(geometry.rows, features), conv_weight.new_empty(geometry.rows)
 
@@ -206,7 +91,7 @@ def _(
 @torch.library.register_fake("linfuse::convolve_rows")
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
     op = "convolve_rows"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "conv_weight", conv_weight)
     check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
     return rows.new_empty(rows.shape[0], geometry.rows)
@@ -217,163 +102,14 @@ def _(
     grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
 ) -> Any:
     op = "fuse_conv_linear_backward_conv"
-    geometry = _geometry(op, weight_size, arguments, keywords)
+    geometry = op_geometry(op, weight_size, arguments, keywords)
     features = grad_weight.shape[0]
     check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
     check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
     return grad_weight.new_empty(weight_size)
 
 
-# Ops by torch's convolution -----------------------------------------------------------------------
-
-
-@torch.library.impl("linfuse::convolve_rows", ("cpu", "cuda"))
-def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-    op = "convolve_rows"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    check_tensor(op, "conv_weight", conv_weight)
-    check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
-    return torch_engine.convolve_rows(conv_weight, rows, geometry).contiguous()
-
-
-@torch.library.impl("linfuse::fuse_conv_linear_backward_conv", ("cpu", "cuda"))
-def _(
-    grad_weight: Tensor, linear_weight: Tensor, weight_size: Any, *arguments: Any, **keywords: Any
-) -> Tensor:
-    op = "fuse_conv_linear_backward_conv"
-    geometry = _geometry(op, weight_size, arguments, keywords)
-    features = grad_weight.shape[0]
-    check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
-    check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
-    return torch_engine.conv_gradient(
-        linear_weight, grad_weight, weight_size, geometry
-    ).contiguous()
-
-
-def fuse_conv_linear_by_torch(
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    *arguments: Any,
-    **keywords: Any,
-) -> tuple[Tensor, Tensor]:
-    """fuse_conv_linear with the product by torch's convolution: on CUDA, or where it is told to."""
-    op = "fuse_conv_linear"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
-    weight = torch_engine.product(conv_weight, linear_weight, geometry).contiguous()
-    wide = torch.promote_types(conv_weight.dtype, torch.float32)
-    features = linear_weight.shape[0]
-    bias = (
-        torch.zeros(features, dtype=wide, device=conv_weight.device)
-        if linear_bias is None
-        else linear_bias.to(wide)
-    )
-    if conv_bias is not None:
-        sums = linear_weight.reshape(features, geometry.out_channels, -1).sum(2, dtype=wide)
-        bias = bias + (sums * conv_bias.to(wide)).sum(1)
-    return weight, bias.to(conv_weight.dtype, copy=True)
-
-
-torch.library.impl("linfuse::fuse_conv_linear_by_torch", ("cpu", "cuda"), fuse_conv_linear_by_torch)
-
-
-def fuse_linear_conv_by_torch(
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    *arguments: Any,
-    **keywords: Any,
-) -> tuple[Tensor, Tensor]:
-    """fuse_linear_conv by torch's convolution: on CUDA, or where it is told to.
-
-    Each column of the Linear, and its bias, is an image that goes forward.
-    """
-    op = "fuse_linear_conv"
-    geometry = _geometry(op, conv_weight.shape, arguments, keywords)
-    _check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
-    weight = torch_engine.convolve_rows(conv_weight, linear_weight.T, geometry).T
-    wide = torch.promote_types(conv_weight.dtype, torch.float32)
-    bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
-    if linear_bias is not None:
-        image = linear_bias[None].to(wide)
-        bias = torch_engine.convolve_rows(conv_weight.to(wide), image, geometry)[0]
-    if conv_bias is not None:
-        positions = geometry.rows // geometry.out_channels
-        bias = bias + conv_bias.to(wide)[:, None].expand(-1, positions).reshape(-1)
-    return weight.contiguous(), bias.to(conv_weight.dtype, copy=True)
-
-
-torch.library.impl("linfuse::fuse_linear_conv_by_torch", ("cpu", "cuda"), fuse_linear_conv_by_torch)
-torch.library.impl("linfuse::fuse_linear_conv", "cuda", fuse_linear_conv_by_torch)
-
-
-def _has_cuda_kernels() -> bool:
-    return _C.build_info()["cuda"] is not None
-
-
-if not _has_cuda_kernels():
-    torch.library.impl("linfuse::fuse_conv_linear", "cuda", fuse_conv_linear_by_torch)
-
-
-# fuse_conv_conv, which is differentiated as torch differentiates the convolution that it is --------
-
-
-def fuse_conv_conv_by_torch(
-    first_weight: Tensor,
-    first_bias: Tensor | None,
-    second_weight: Tensor,
-    second_bias: Tensor | None,
-    first_stride: Sequence[int] = (1,),
-    first_dilation: Sequence[int] = (1,),
-    first_groups: int = 1,
-    second_dilation: Sequence[int] = (1,),
-    second_groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The merged kernel and bias by torch's convolution: on CUDA, and where gradients are wanted.
-
-    In float64 and rounded once, as our kernel; exactness is the caller's matter.
-    """
-    steps = _check_fuse_conv_conv(
-        first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
-    )
-    weight = torch_engine.composed_kernel(
-        first_weight.double(), second_weight.double(), steps, (first_groups, second_groups)
-    )
-    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
-    return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
-
-
-def _check_fuse_conv_conv(
-    first_weight: Tensor,
-    second_weight: Tensor,
-    first_stride: Sequence[int],
-    first_dilation: Sequence[int],
-    second_dilation: Sequence[int],
-    second_groups: int,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What an element of each kernel moves by, per axis, once the weights are known to fit."""
-    axes = first_weight.dim() - 2
-    if not 1 <= axes <= 3 or second_weight.dim() != axes + 2:
-        raise ValueError(
-            "fuse_conv_conv: both weights must have the same 3, 4 or 5 dimensions, got shapes "
-            f"{tuple(first_weight.shape)} and {tuple(second_weight.shape)}"
-        )
-    if first_weight.shape[0] != second_weight.shape[1] * second_groups:
-        raise ValueError(
-            f"fuse_conv_conv: `second_weight` must take the {first_weight.shape[0]} channels that "
-            f"the first puts out, got {second_weight.shape[1] * second_groups}"
-        )
-    stride, dilation, second_dilation = (
-        tuple(values) * axes if len(values) == 1 else tuple(values)
-        for values in (first_stride, first_dilation, second_dilation)
-    )
-    return dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
-
-
-torch.library.impl("linfuse::fuse_conv_conv", "cuda", fuse_conv_conv_by_torch)
+# fuse_conv_conv, which is differentiated as torch differentiates the convolution that it is -------
 
 
 @torch.library.register_fake("linfuse::fuse_conv_conv")
@@ -388,7 +124,7 @@ def _(
     second_dilation: Sequence[int] = (1,),
     second_groups: int = 1,
 ) -> Any:
-    steps = _check_fuse_conv_conv(
+    steps = check_fuse_conv_conv(
         first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
     )
     sizes = first_weight.shape[2:], second_weight.shape[2:]
@@ -436,8 +172,8 @@ def _conv_to_affine_gradient(
             grad_matrix, ctx.weight_size, *ctx.arguments, **ctx.keywords
         )
     if grad_offset is not None and ctx.has_bias and ctx.needs_input_grad[1]:
-        geometry = _geometry("conv_to_affine", ctx.weight_size, ctx.arguments, ctx.keywords)
-        start, stop = _rows("conv_to_affine", geometry, ctx.keywords)
+        geometry = op_geometry("conv_to_affine", ctx.weight_size, ctx.arguments, ctx.keywords)
+        start, stop = op_rows("conv_to_affine", geometry, ctx.keywords)
         all_rows = torch.nn.functional.pad(grad_offset, (start, geometry.rows - stop))
         grad_bias = all_rows.view(geometry.out_channels, -1).sum(1)
     return grad_weight, grad_bias, *_none_for(ctx.arguments)

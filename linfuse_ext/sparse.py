@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .calls import call
 from .geometry import Geometry
-from .registrations import _geometry, _none_for, _one_by_one, _rows, call
+from .operands import op_geometry, op_rows
+from .registrations import _none_for, _one_by_one
 
 _OPS = torch.ops.linfuse
 _LARGEST_INT32 = 2**31 - 1
@@ -128,8 +130,8 @@ def count_stored(geometry: Geometry, rows: tuple[int, int] | None) -> int | None
 @torch.library.register_fake("linfuse::conv_to_csr")
 def _(weight: Tensor, *arguments: Any, index32: bool = False, **keywords: Any) -> Any:
     op = "conv_to_csr"
-    geometry = _geometry(op, weight.shape, arguments, keywords)
-    start, stop = _rows(op, geometry, keywords)
+    geometry = op_geometry(op, weight.shape, arguments, keywords)
+    start, stop = op_rows(op, geometry, keywords)
     stored: Any = count_stored(geometry, keywords.get("rows"))
     if stored is None:
         stored = torch.library.get_ctx().new_dynamic_size()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from linfuse_ext import _C
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,6 +29,13 @@ DEVICES = [
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=["own", "torch"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.set_engine(request.param)
+    yield request.param
+    _C.set_engine(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

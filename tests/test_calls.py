@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfuse_ext import functional, registrations
+from linfuse_ext import calls, functional
 
 WEIGHT, BIAS = torch.randn(4, 2, 3, 3), torch.randn(4)
 LINEAR, LINEAR_BIAS = torch.randn(5, 48), torch.randn(5)
@@ -29,13 +29,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_the_short_way_is_taken_and_gives_the_same(name: str, monkeypatch: Any) -> None:
     parameter = torch.nn.Parameter(WEIGHT)
-    assert registrations._is_plain_call((WEIGHT, None))
-    assert not registrations._is_plain_call((WEIGHT, parameter))
+    assert calls._is_plain_call((WEIGHT, None))
+    assert not calls._is_plain_call((WEIGHT, parameter))
     with torch.no_grad():
-        assert registrations._is_plain_call((WEIGHT, parameter))
+        assert calls._is_plain_call((WEIGHT, parameter))
     short = CALLS[name](WEIGHT)
-    monkeypatch.setattr(registrations, "_CAN_SKIP_AUTOGRAD", False)
-    assert not registrations._is_plain_call((WEIGHT, None))
+    monkeypatch.setattr(calls, "_CAN_SKIP_AUTOGRAD", False)
+    assert not calls._is_plain_call((WEIGHT, None))
     torch.testing.assert_close(short, CALLS[name](WEIGHT), rtol=0, atol=0)
 
 
@@ -115,8 +115,8 @@ def test_gradients_flow_out_of_vmap(name: str) -> None:
 
 def test_transforms_see_the_call() -> None:
     def inside(weight: Tensor) -> Tensor:
-        assert not registrations._is_plain_call((weight,))
-        assert not registrations._is_plain_call((WEIGHT,))
+        assert not calls._is_plain_call((weight,))
+        assert not calls._is_plain_call((WEIGHT,))
         return weight
 
     torch.func.vmap(inside)(WEIGHT)

@@ -13,6 +13,7 @@ from torch import nn
 
 import linfuse_ext as lf
 from linfuse_ext import functional
+from linfuse_ext.torch_ops import fuse_conv_conv_by_torch
 
 KINDS = {
     (False, 1): nn.Conv1d,
@@ -373,6 +374,57 @@ def test_derivatives_compile_export_and_vmap(name: str) -> None:
         torch.stack([values[0], -values[0]])
     )
     torch.testing.assert_close(weights, torch.stack([expected[0], -expected[0]]))
+
+
+# (groups of the first, of the second): each way to share the work, and mixtures.
+GROUPS = [(1, 1), (4, 1), (1, 4), (4, 4), (6, 2), (2, 6), (6, 4), (4, 6), (12, 12), (1, 12)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_own_kernel_equals_torchs_convolution(groups: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    one, two = groups
+    sizes = [(24, 3, 3, 2), (24,), (36, 24 // two, 2, 3), (36,)]
+    values = [torch.randn(size, generator=generator, dtype=dtype) for size in sizes]
+    values[0] = values[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for options in (((1,), (1,), one, (1,), two), ((2, 3), (1, 2), one, (3, 1), two)):
+        weight, bias = torch.ops.linfuse.fuse_conv_conv(*values, *options)
+        exact = fuse_conv_conv_by_torch(*(value.double() for value in values), *options)
+        assert weight.is_contiguous() and weight.dtype == dtype
+        # Both sum in float64; the last digit of that may turn a rounding.
+        eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+        near = {"rtol": eps, "atol": max(1e-13, eps * normal)}
+        torch.testing.assert_close(weight.double(), exact[0], **near)
+        torch.testing.assert_close(bias.double(), exact[1], **near)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            again = torch.ops.linfuse.fuse_conv_conv(*values, *options)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
+
+
+def test_direct_calls_of_the_op_are_checked() -> None:
+    first, second = torch.ones(4, 2, 3), torch.ones(6, 4, 3)
+    op = torch.ops.linfuse.fuse_conv_conv
+    with pytest.raises(ValueError, match="same 3, 4 or 5 dimensions"):
+        op(first, None, torch.ones(6, 4, 3, 3), None)
+    with pytest.raises(ValueError, match=r"`first_groups` must be .* got 3"):
+        op(first, None, second, None, first_groups=3)
+    with pytest.raises(ValueError, match=r"`second_groups` must be .* got 0"):
+        op(first, None, second, None, second_groups=0)
+    with pytest.raises(ValueError, match=r"`second_weight` must take the 4 channels .* got 8"):
+        op(first, None, second, None, second_groups=2)
+    with pytest.raises(ValueError, match=r"`first_stride` must be positive, got \(0,\)"):
+        op(first, None, second, None, first_stride=[0])
+    with pytest.raises(ValueError, match=r"`first_bias` must have shape \(4,\), got \(3,\)"):
+        op(first, torch.ones(3), second, None)
+    with pytest.raises(ValueError, match="no empty dimension"):
+        op(first, None, torch.ones(6, 4, 0), None)
+    with pytest.raises(ValueError, match="fit in 63 bits"):
+        op(first, None, second, None, second_dilation=[2**62])
 
 
 @pytest.mark.parametrize("name", ["plain", "strided, dilated", "grouped", "3-d"])

@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tolerance import DTYPES, assert_close
 
 from linfuse_ext import _C, functional, reference
 from linfuse_ext.geometry import make_geometry
-from linfuse_ext.registrations import fuse_conv_linear_by_torch
+from linfuse_ext.torch_ops import fuse_conv_linear_by_torch
 
 FEATURES = 4
 
@@ -54,13 +53,6 @@ def assert_equals_the_reference(case: Case, tensors, weight, bias) -> None:
     terms = min(geometry.rows, geometry.out_channels * wide[0][0, 0].numel() * 4)
     assert_close(weight, exact[0], magnitude[0], terms)
     assert_close(bias, exact[1], magnitude[1], geometry.rows + 1)
-
-
-@pytest.fixture(params=["own", "torch"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.set_engine(request.param)
-    yield request.param
-    _C.set_engine(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

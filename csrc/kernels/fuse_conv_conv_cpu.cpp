@@ -1,8 +1,8 @@
-#include "fuse_conv_conv.h"
-
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
+
+#include "fuse_conv_conv.h"
 
 namespace linfuse {
 namespace {
@@ -163,8 +163,7 @@ class Merger {
     for_each(parallel_for_, params_.mid_channels, out * positions, [&](int64_t c_mid) {
       const int64_t group = c_mid / mid;
       for (int64_t c_out = 0; c_out < out; ++c_out) {
-        const double* from =
-            second_ + ((group * out + c_out) * mid + c_mid % mid) * positions;
+        const double* from = second_ + ((group * out + c_out) * mid + c_mid % mid) * positions;
         std::copy(from, from + positions, turned + (c_mid * out + c_out) * positions);
       }
     });
@@ -190,9 +189,8 @@ class Merger {
     const int64_t mid = params_.mid_channels / params_.second_groups;
     const int64_t out = params_.out_channels / params_.second_groups;
     const T* second_bias = static_cast<const T*>(params_.second_bias);
-    const double* first_bias = params_.first_bias == nullptr
-                                   ? nullptr
-                                   : widen(params_.first_bias, params_.mid_channels);
+    const double* first_bias =
+        params_.first_bias == nullptr ? nullptr : widen(params_.first_bias, params_.mid_channels);
     T* bias = static_cast<T*>(params_.bias);
     for_each(parallel_for_, params_.out_channels, first_bias == nullptr ? 1 : mid * positions,
              [&](int64_t c_out) {

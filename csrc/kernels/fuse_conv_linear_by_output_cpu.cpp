@@ -136,15 +136,19 @@ class ByOutput {
   // Weights of each group as [block][c_out][(k, c_in) of the block].
   void pack_weight() const {
     const T* weight = static_cast<const T*>(work_.params.conv_weight);
+    // From the first weight of an output channel to that of each (k, c_in).
+    std::vector<int64_t> place;
+    for (int64_t k = 0; k < g_.kernel_positions(); ++k) {
+      for (int64_t c = 0; c < plan_.in_channels; ++c) place.push_back(c * g_.weight_step_in() + k);
+    }
     const int64_t cost = plan_.taps * plan_.out_channels;
     for_each(work_.parallel_for, g_.groups, cost, [&](int64_t group) {
       A* packed = weight_ + group * plan_.taps * plan_.out_channels;
       for (int64_t block = 0; block < plan_.blocks; ++block) {
         for (int64_t c = 0; c < plan_.out_channels; ++c) {
+          const T* from = weight + g_.weight_index(group * plan_.out_channels + c, 0);
           for (int64_t n = plan_.block_start(block); n < plan_.block_start(block + 1); ++n) {
-            const int64_t c_out = group * plan_.out_channels + c;
-            *packed++ = static_cast<A>(
-                weight[g_.weight_index(c_out, n % plan_.in_channels) + n / plan_.in_channels]);
+            *packed++ = static_cast<A>(from[place[static_cast<size_t>(n)]]);
           }
         }
       }

@@ -59,8 +59,8 @@ cudaError_t launch_bias(const FuseConvLinearParams& params, cudaStream_t stream)
   fused_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       params.features, params.geometry.out_channels, params.geometry.out_positions(),
       static_cast<const T*>(params.conv_bias), static_cast<const T*>(params.linear_weight),
-      params.linear_stride.row, params.linear_stride.position, static_cast<const T*>(params.linear_bias),
-      static_cast<T*>(params.bias));
+      params.linear_stride.row, params.linear_stride.position,
+      static_cast<const T*>(params.linear_bias), static_cast<T*>(params.bias));
   return cudaGetLastError();
 }
 

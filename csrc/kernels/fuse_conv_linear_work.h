@@ -98,9 +98,9 @@ class Work {
   }
 
   // Packs output positions [source, source + count) of some output channels of a group: position n
-  // of channel c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`, unless that or
-  // `to` is null.
-  // With `stream`, past the caches: finish() before another thread reads it.
+  // of channel c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`,
+  // unless that or `to` is null. With `stream`, past the caches: finish() before another thread
+  // reads it.
   void pack(const Rows& rows, Range channels, int64_t source, int64_t count, A* to, int64_t step,
             double* sums, bool stream = false) const {
     // Whole channels may follow one another without a gap.

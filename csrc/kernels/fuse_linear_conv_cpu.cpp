@@ -1,6 +1,6 @@
-#include "fuse_linear_conv.h"
-
 #include <type_traits>
+
+#include "fuse_linear_conv.h"
 
 namespace linfuse {
 namespace {
@@ -40,8 +40,7 @@ void make_bias(const FuseLinearConvParams& params, const ParallelFor& parallel_f
   T* bias = static_cast<T*>(params.bias);
   const A* sums = nullptr;
   if (params.linear_bias != nullptr) {
-    const int64_t elements =
-        g.out_channels * g.in_channels_per_group() * g.kernel_positions();
+    const int64_t elements = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
     A* made = nullptr;
     if constexpr (std::is_same_v<T, A>) {
       made = bias;
@@ -78,16 +77,14 @@ void launch_fuse_linear_conv_cpu(const FuseLinearConvParams& params,
   product.dtype = params.dtype;
   product.conv_weight = params.conv_weight;
   product.linear_weight = params.linear_weight;
-  product.linear_stride =
-      ImageStrides::of_matrix(params.linear_stride[1], params.linear_stride[0],
-                              g.in_channels_per_group(), g.in_positions());
+  product.linear_stride = ImageStrides::of_matrix(params.linear_stride[1], params.linear_stride[0],
+                                                  g.in_channels_per_group(), g.in_positions());
   product.weight = params.weight;
-  product.weight_stride = ImageStrides::of_matrix(1, params.features, g.out_channels_per_group(),
-                                                  g.out_positions());
+  product.weight_stride =
+      ImageStrides::of_matrix(1, params.features, g.out_channels_per_group(), g.out_positions());
   launch_fuse_conv_linear_cpu(product, parallel_for, allocate);
-  dispatch(params.dtype, [&](auto zero) {
-    make_bias<decltype(zero)>(params, parallel_for, allocate);
-  });
+  dispatch(params.dtype,
+           [&](auto zero) { make_bias<decltype(zero)>(params, parallel_for, allocate); });
 }
 
 }  // namespace linfuse

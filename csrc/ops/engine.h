@@ -1,4 +1,5 @@
-// Who computes the products of fuse_conv_linear and fuse_linear_conv: our kernels or torch's convolution.
+// Who computes the products of fuse_conv_linear and fuse_linear_conv: our kernels or torch's
+// convolution.
 #pragma once
 
 #include <string>

@@ -40,9 +40,9 @@ IntList read_kernels(const Tensor& first, const Tensor& second, const IntList& f
     params.first.step[axis] = size1 > 1 ? step1[n] / unit : 1;
     params.second.size[axis] = size2;
     params.second.step[axis] = size2 > 1 ? step2[n] / unit : 1;
-    size.push_back(checked.add(checked.multiply(size1 - 1, params.first.step[axis]),
-                               checked.add(checked.multiply(size2 - 1, params.second.step[axis]),
-                                           1)));
+    size.push_back(
+        checked.add(checked.multiply(size1 - 1, params.first.step[axis]),
+                    checked.add(checked.multiply(size2 - 1, params.second.step[axis]), 1)));
   }
   return size;
 }
@@ -80,8 +80,7 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
   check_like(kOp, "second_weight", second_weight, "first_weight", first_weight,
              size_of(second_weight));
   if (first_bias.has_value()) {
-    check_like(kOp, "first_bias", *first_bias, "first_weight", first_weight,
-               {params.mid_channels});
+    check_like(kOp, "first_bias", *first_bias, "first_weight", first_weight, {params.mid_channels});
     first_bias = as_contiguous(*first_bias);
   }
   if (second_bias.has_value()) {
@@ -91,8 +90,7 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
   }
   const IntList kernel = read_kernels(first_weight, second_weight, first_stride, first_dilation,
                                       second_dilation, params);
-  IntList size = {params.out_channels,
-                  params.in_channels / std::gcd(first_groups, second_groups)};
+  IntList size = {params.out_channels, params.in_channels / std::gcd(first_groups, second_groups)};
   size.insert(size.end(), kernel.begin(), kernel.end());
   int64_t bytes = 8;
   for (int64_t each : size) bytes = checked.multiply(bytes, each);
@@ -115,8 +113,6 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(linfuse, CPU, m) {
-  m.impl("fuse_conv_conv", TORCH_BOX(&fuse_conv_conv));
-}
+STABLE_TORCH_LIBRARY_IMPL(linfuse, CPU, m) { m.impl("fuse_conv_conv", TORCH_BOX(&fuse_conv_conv)); }
 
 }  // namespace linfuse

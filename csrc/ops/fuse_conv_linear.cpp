@@ -54,9 +54,8 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
                               geometry.out_channels_per_group(), geometry.out_positions());
   params.linear_bias = data_or_null(linear_bias);
   params.weight = weight.mutable_data_ptr();
-  params.weight_stride =
-      ImageStrides::of_matrix(geometry.cols(), 1, geometry.in_channels_per_group(),
-                              geometry.in_positions());
+  params.weight_stride = ImageStrides::of_matrix(
+      geometry.cols(), 1, geometry.in_channels_per_group(), geometry.in_positions());
   params.bias = bias.mutable_data_ptr();
 #if defined(LINFUSE_WITH_CUDA)
   if (conv_weight.is_cuda()) {
