@@ -252,7 +252,11 @@ OPS = {
             features=lambda pair: _image(pair.first),
             layers=_conv_conv,
             merged=_merged_conv,
-            peers={"kernels": Peer(merge_peers.conv_conv_kernels)},
+            peers={
+                "float64": Peer(merge_peers.conv_conv_float64),
+                "kernels": Peer(merge_peers.conv_conv_kernels),
+            },
+            rivals=("float64",),
             seconds=0.8,
         ),
     )

@@ -1,18 +1,21 @@
 // Everything that is compiled once per SIMD level, by level.
 #pragma once
 
+#include "move.h"
 #include "tile.h"
 #include "turn.h"
 
 namespace linfuse {
 
-// Converts to the set of any type: `const TileSet<float>& tiles = simd_kernels(level)`.
+// Converts to any of the sets: `const TileSet<float>& tiles = simd_kernels(level)`.
 struct SimdKernels : TileSet<float>,
                      TileSet<double>,
                      TurnSet<float>,
                      TurnSet<double>,
                      TurnSet<Float16>,
-                     TurnSet<BFloat16> {};
+                     TurnSet<BFloat16>,
+                     MoveSet<int32_t>,
+                     MoveSet<int64_t> {};
 
 const SimdKernels& simd_kernels_baseline();
 const SimdKernels& simd_kernels_avx2();
