@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import cache
 
 import torch
 
@@ -24,7 +23,9 @@ _MAX_ROUNDS = 40
 _LEAST_ROUNDS = ((0.3, 7), (1.5, 3), (float("inf"), 2))
 _BRIEF_ROUNDS = 3
 
-_PAGES_TOUCHED_BYTES = 8_000_000_000
+# Smaller blocks come from memory that an allocator has kept.
+_LEAST_TOUCHED_BYTES = 64_000_000
+_MOST_TOUCHED = 0.6  # of what is free
 
 
 def prepare(device: str) -> None:
@@ -32,24 +33,22 @@ def prepare(device: str) -> None:
 
     On CUDA cuDNN may search for its best algorithm, and float32 means float32.
     """
-    if device == "cpu":
-        _touch_pages()
-    else:
+    if device != "cpu":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@cache
-def _touch_pages() -> None:
-    """Writes to much of the memory once.
+def touch_pages(size: int) -> None:
+    """Writes to that many bytes of fresh memory, if there are as many, and frees them.
 
     The host of a virtual machine finds memory for it at the first touch, several times slower
-    than the machine's own kernel hands out pages later. Whoever came first would pay for that.
+    than the machine's own kernel hands out pages later, and may take it back seconds after it was
+    freed. Without this, whoever comes first, or after a long call, would pay for that.
     """
     with suppress(ValueError, OSError, AttributeError):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        torch.zeros(int(min(0.6 * free, _PAGES_TOUCHED_BYTES)), dtype=torch.uint8)
+        torch.zeros(int(min(_MOST_TOUCHED * free, size)), dtype=torch.uint8)
 
 
 def _seconds_cpu(call: Call, iterations: int) -> float:
@@ -87,6 +86,7 @@ def interleaved(
     device: str,
     seconds: float,
     brief: Collection[str] = (),
+    memory: int = 0,
 ) -> dict[str, list[float]]:
     """Measures the calls in alternating rounds.
 
@@ -96,11 +96,20 @@ def interleaved(
         seconds: About how long to measure all of them together. Someone whose share of that
             is used up sits out the later rounds, after seven (fewer if a call is long).
         brief: Those for whom three rounds are enough.
+        memory: About how many bytes a call takes. On a CPU, where that is much, as many are touched
+            before each sample.
 
     Returns:
         Seconds per call, one per round, by name.
     """
-    clock = _seconds_cuda if device == "cuda" else _seconds_cpu
+
+    def clock(call: Call, iterations: int) -> float:
+        if device == "cuda":
+            return _seconds_cuda(call, iterations)
+        if memory >= _LEAST_TOUCHED_BYTES:
+            touch_pages(memory)
+        return _seconds_cpu(call, iterations)
+
     share = seconds / max(1, len(set(calls) - set(brief)))
     samples: dict[str, list[float]] = {}
     iterations, rounds = {}, {}

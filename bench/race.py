@@ -29,6 +29,15 @@ def _copies(case: Case) -> list[tuple[torch.Tensor, ...]]:
     return [first, *(case.inputs(seed) for seed in range(1, min(count, _MAX_COPIES)))]
 
 
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    size = 0
+    for t in tensors:
+        sparse = t.layout == torch.sparse_csr
+        parts = (t.values(), t.col_indices(), t.crow_indices()) if sparse else (t,)
+        size += sum(part.nbytes for part in parts)
+    return size
+
+
 def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outcome]:
     """Measures the entrants of a case in alternating rounds.
 
@@ -39,10 +48,13 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
     copies = _copies(case)
     outcomes: dict[str, Outcome] = {}
     calls = {}
+    memory = 0
     for entrant in entrants:
         call = case.call(entrant, *copies)
         try:
             result = call()
+            made = result if isinstance(result, tuple) else (result,)
+            memory = max(memory, 2 * _bytes((*copies[0], *made)))
             if entrant != FLOOR:  # which computes nothing
                 case.check(result, copies[0])
         except (AssertionError, ImportError, RuntimeError) as error:
@@ -50,9 +62,9 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
             outcomes[entrant] = error.with_traceback(None)
         else:
             calls[entrant] = call
-        result = None
+        result = made = None
     if calls:
-        outcomes.update(interleaved(calls, case.device, seconds, case.brief))
+        outcomes.update(interleaved(calls, case.device, seconds, case.brief, memory))
     if case.device == "cuda":
         del copies, calls, call
         torch.cuda.empty_cache()
