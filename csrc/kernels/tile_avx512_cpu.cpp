@@ -2,13 +2,16 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "simd_kernels.h"
 
 #if defined(__x86_64__)
+
+#if !defined(__clang__)
+// GCC 12 says so of its own intrinsics, which leave a masked operand open on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx2,fma"))), apply_to = function)
@@ -20,6 +23,7 @@
 namespace linfuse {
 namespace {
 
+#define LINFUSE_AVX512
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 24;
 #include "simd_kernels.inl"
