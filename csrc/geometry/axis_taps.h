@@ -71,7 +71,8 @@ class PositionTaps {
             }
             return;
           }
-          for (int64_t k = 0; k <= last_k; ++k) {
+          // By ascending coarse position, so that there is nothing to sort.
+          for (int64_t k = last_k; k >= 0; --k) {
             const int64_t rest = sum - k * axis.dilation;
             if (axis.stride > 1 && rest % axis.stride != 0) continue;
             if (rest / axis.stride <= most) taps_.push_back({rest / axis.stride, k});

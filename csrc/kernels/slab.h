@@ -57,12 +57,10 @@ struct Slab {
   Range share = {0, 0};             // the lines whose bias the stretch answers for
   std::vector<char> counted;        // which of them have met it
 
+  std::vector<int64_t> slots;       // of the lines from held[0] on
+
   // Where a line that is read stands in the panel.
-  int64_t slot(int64_t line) const {
-    return std::lower_bound(held.begin(), held.end(), line,
-                            [](const HeldLine& one, int64_t wanted) { return one.line < wanted; })
-        ->slot;
-  }
+  int64_t slot(int64_t line) const { return slots[static_cast<size_t>(line - held[0].line)]; }
 
   // Whether the bias of a line is still to be counted; from then on it is.
   bool count(int64_t line) {
@@ -74,42 +72,71 @@ struct Slab {
 
 namespace detail {
 
-// False where the range would read more than `most` output positions.
-inline bool list_reads(const Geometry& g, int axis, Range range, int64_t most,
-                       std::vector<int64_t>& reads) {
-  reads.clear();
-  PositionTaps taps;
-  for (int64_t i = range.first; i < range.last; ++i) {
-    taps.list_by_column(g, axis, i);
-    for (const TapGroup& group : taps.groups) {
-      // Nearly always the next one, or one that is there.
-      if (reads.empty() || group.position > reads.back()) {
-        reads.push_back(group.position);
-        continue;
-      }
-      const auto place = std::lower_bound(reads.begin(), reads.end(), group.position);
-      if (*place != group.position) reads.insert(place, group.position);
-    }
-    if (static_cast<int64_t>(reads.size()) > most) return false;
+// At least as many lines as any range of `length` input positions reads.
+inline int64_t most_reads(const Geometry& g, int a, int64_t length) {
+  const Axis& axis = g.axis[a];
+  const int64_t reach = (axis.kernel - 1) * axis.dilation;
+  const int64_t step = axis.stride / std::gcd(axis.stride, axis.dilation);
+  const int64_t each = g.transposed ? axis.kernel : divide_up(axis.kernel, step);
+  const int64_t window = g.transposed ? (length - 1) * axis.stride + reach + 1
+                                      : (length - 1 + reach) / axis.stride + 1;
+  int64_t most = std::min(window, length * each);
+  // What is repeated elsewhere, at the low end and at the high one.
+  if (g.padding_mode != PaddingMode::kZeros) most += (axis.pad_low + axis.pad_high) * each;
+  return std::min(axis.out, most);
+}
+
+// The output positions that a range of input positions reads, ascending.
+inline void list_reads(const Geometry& g, int a, Range range, std::vector<int64_t>& reads) {
+  const Axis& axis = g.axis[a];
+  const bool repeats = g.padding_mode != PaddingMode::kZeros;
+  const int64_t reach = (axis.kernel - 1) * axis.dilation;
+  // Where they lie, if nothing is repeated.
+  Range window = {0, axis.out};
+  if (!repeats && g.transposed) {
+    window.first = std::max<int64_t>(0, range.first * axis.stride - axis.pad_low);
+    window.last = std::min(axis.out, (range.last - 1) * axis.stride + reach - axis.pad_low + 1);
+  } else if (!repeats) {
+    const int64_t low = range.first + axis.pad_low - reach;
+    window.first = low <= 0 ? 0 : divide_up(low, axis.stride);
+    window.last = std::min(axis.out, (range.last - 1 + axis.pad_low) / axis.stride + 1);
   }
-  return true;
+  std::vector<char> is_read(static_cast<size_t>(std::max<int64_t>(0, window.last - window.first)));
+  const auto at = [&](int64_t o) { return is_read.begin() + (o - window.first); };
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    if (g.transposed) {
+      for (int64_t i = range.first; i < range.last; ++i) {
+        const int64_t o = g.fine_position(a, i, k);
+        if (o >= 0) *at(o) = 1;
+      }
+      continue;
+    }
+    // Neighbouring output positions read steps of the stride.
+    const int64_t low = range.first + axis.pad_low - k * axis.dilation;
+    const int64_t high = range.last - 1 + axis.pad_low - k * axis.dilation;
+    if (high < 0) break;
+    const int64_t first = low <= 0 ? 0 : divide_up(low, axis.stride);
+    const int64_t last = std::min(axis.out - 1, high / axis.stride);
+    if (first <= last) std::fill(at(first), at(last + 1), char{1});
+  }
+  if (repeats && !g.transposed) {
+    const int64_t rim = std::max(axis.pad_low, axis.pad_high);
+    PositionTaps taps;
+    for (int64_t i = range.first; i < range.last; ++i) {
+      if (i > rim && i < axis.in - 1 - rim) continue;
+      taps.list_by_column(g, a, i);
+      for (const TapGroup& group : taps.groups) *at(group.position) = 1;
+    }
+  }
+  reads.clear();
+  for (int64_t o = window.first; o < window.last; ++o) {
+    if (*at(o) != 0) reads.push_back(o);
+  }
 }
 
 inline Range range_of_slab(const Geometry& g, const Slabs& slabs, int64_t number) {
   const int64_t start = number * slabs.length;
   return {start, std::min(g.axis[slabs.axis].in, start + slabs.length)};
-}
-
-// False where a slab would read more than `most` lines.
-inline bool measure_slabs(const Geometry& g, int64_t most, Slabs& slabs) {
-  slabs.count = divide_up(g.axis[slabs.axis].in, slabs.length);
-  slabs.room = 0;
-  std::vector<int64_t> reads;
-  for (int64_t number = 0; number < slabs.count; ++number) {
-    if (!list_reads(g, slabs.axis, range_of_slab(g, slabs, number), most, reads)) return false;
-    slabs.room = std::max(slabs.room, static_cast<int64_t>(reads.size()));
-  }
-  return true;
 }
 
 inline bool before(const HeldLine& one, const HeldLine& other) { return one.line < other.line; }
@@ -188,8 +215,9 @@ inline void cut_slabs(const Geometry& g, int64_t least_count, int64_t most, int6
   for (int64_t count = least_count;; count += divide_up(count, 4)) {
     slabs.length = divide_up(size, std::min(count, size));
     if (slabs.length > step && slabs.length < size) slabs.length -= slabs.length % step;
-    const bool single = slabs.length == 1;
-    if (detail::measure_slabs(g, single ? INT64_MAX : most, slabs) || single) return;
+    slabs.count = divide_up(size, slabs.length);
+    slabs.room = detail::most_reads(g, slabs.axis, slabs.length);
+    if (slabs.room <= most || slabs.length == 1) return;
   }
 }
 
@@ -216,8 +244,15 @@ inline void next_slab(const Geometry& g, const Slabs& slabs, int64_t number, Sla
   slab.number = number;
   slab.range = detail::range_of_slab(g, slabs, number);
   std::vector<int64_t> reads;
-  detail::list_reads(g, slabs.axis, slab.range, INT64_MAX, reads);
+  detail::list_reads(g, slabs.axis, slab.range, reads);
   std::vector<HeldLine> fresh = detail::hold(reads, slab);
+  if (!slab.held.empty()) {
+    const int64_t first = slab.held[0].line;
+    slab.slots.resize(static_cast<size_t>(slab.held.back().line - first + 1));
+    for (const HeldLine& one : slab.held) {
+      slab.slots[static_cast<size_t>(one.line - first)] = one.slot;
+    }
+  }
   std::vector<bool> counts;
   for (const HeldLine& one : fresh) counts.push_back(slab.count(one.line));
   if (number == slab.last) {
