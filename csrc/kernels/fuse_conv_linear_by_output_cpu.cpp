@@ -238,6 +238,7 @@ class ByOutput {
       A* const* targets = worker.target.data() + first;
       if (std::any_of(targets, targets + size, [](const A* to) { return to != nullptr; })) {
         task.weight = weight + channels.first * size;
+        task.weight_line = size;
         work_.tiles.tile[rows.vectors][size](task, worker.tile);
         work_.tiles.add_lines(worker.tile, rows.width, size, targets);
       }

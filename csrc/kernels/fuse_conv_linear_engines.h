@@ -111,6 +111,7 @@ class Vectors {
     Task task = {};
     task.channels = work_.g.out_channels_per_group();
     task.weight_step = task.channels * channels;
+    task.weight_line = channels;
     return task;
   }
 
@@ -168,24 +169,34 @@ class ChannelVectors {
 
   void pack(const Rows& rows, int64_t c_out, Range lines, int64_t source, int64_t count,
             Element* to, int64_t step, double* sums, bool) const {
-    const FuseConvLinearParams& params = work_.params;
-    const T* conv_bias = static_cast<const T*>(params.conv_bias);
-    const int64_t stride = params.linear_stride.row;
-    for (int64_t line = lines.first; line < lines.last; ++line) {
-      const int64_t channel = c_out + line;
-      const T* from = work_.linear(rows.first, channel, source);
-      double parts[TileSet<A>::kMostChannels] = {};
-      for (int64_t n = 0; n < count; ++n, from += params.linear_stride.position) {
-        A values[TileSet<A>::kMostChannels];
-        for (int64_t f = 0; f < rows.count; ++f) values[f] = static_cast<A>(from[f * stride]);
-        for (int64_t f = 0; f < rows.count; ++f) parts[f] += static_cast<double>(values[f]);
-        if (to == nullptr) continue;
-        A* column = to + n * step + (line - lines.first) * rows.width;
-        for (int64_t f = 0; f < rows.count; ++f) column[f] = values[f];
+    const ImageStrides& strides = work_.params.linear_stride;
+    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
+    const int64_t lanes = work_.tiles.lanes;
+    const int64_t elements = (lines.last - lines.first) * rows.width;
+    int64_t offset[TileSet<A>::kMostLanes];
+    PackLanesTask<T> task = {};
+    task.from = work_.linear(rows.first, c_out + lines.first, source);
+    task.offset = offset;
+    task.position = strides.position;
+    task.count = count;
+    task.step = step;
+    for (int64_t first = 0; first < elements; first += lanes) {
+      task.lanes = std::min(lanes, elements - first);
+      for (int64_t m = 0; m < lanes; ++m) {
+        const int64_t f = (first + m) % rows.width;
+        const int64_t channel = (first + m) / rows.width;
+        const bool exists = m < task.lanes && f < rows.count;
+        offset[m] = exists ? f * strides.row + channel * strides.channel : -1;
       }
-      if (sums == nullptr) continue;
-      const auto scale = static_cast<double>(static_cast<A>(conv_bias[channel]));
-      for (int64_t f = 0; f < rows.count; ++f) sums[f] += parts[f] * scale;
+      double parts[TileSet<A>::kMostLanes] = {};
+      task.to = to == nullptr ? nullptr : to + first;
+      task.sums = sums == nullptr ? nullptr : parts;
+      work_.turns.pack_lanes(task);
+      for (int64_t m = 0; m < task.lanes && sums != nullptr; ++m) {
+        if (offset[m] < 0) continue;
+        const A scale = static_cast<A>(conv_bias[c_out + lines.first + (first + m) / rows.width]);
+        sums[(first + m) % rows.width] += parts[m] * static_cast<double>(scale);
+      }
     }
   }
 
@@ -193,10 +204,11 @@ class ChannelVectors {
     pack_channels(work_, c_out, c_in, channels, columns_, packed);
   }
 
-  Task task(const Rows&, int64_t) const {
+  Task task(const Rows& rows, int64_t) const {
     Task task = {};
     task.channels = work_.g.out_channels_per_group();
     task.weight_step = 1;
+    task.weight_line = rows.width;
     return task;
   }
 
@@ -206,7 +218,7 @@ class ChannelVectors {
   void multiply(Task task, const Rows& rows, int64_t, A* sums) const {
     std::swap(task.linear, task.weight);
     std::swap(task.linear_start, task.kernel);
-    work_.tiles.tile[vectors_][rows.width](task, sums);
+    work_.tiles.tile[vectors_][rows.count](task, sums);
   }
 
   void unpack(const Rows& rows, const A* sums, int64_t channels, int64_t channel, int64_t first,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <bit>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,7 @@ inline int64_t aligned(int64_t bytes) {
 // Bounds what threads hold of their own: beyond it fewer of them work.
 constexpr int64_t kMostScratchBytes = int64_t{32} << 20;
 
-// Rows f of the Linear, in whole vectors.
+// Rows f of the Linear, in whole vectors; or, where lanes are not theirs, in a power of two.
 struct Rows {
   int64_t first;
   int64_t count;  // that exist; zeros fill the last vector
@@ -44,11 +45,15 @@ struct Panels {
         vectors(divide_up(features, lanes)),
         count(divide_up(vectors, most_vectors)) {}
 
-  int64_t most_width() const { return divide_up(vectors, count) * lanes; }
+  int64_t width(int64_t some) const {
+    return lanes > 1 ? some * lanes
+                     : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(some)));
+  }
+  int64_t most_width() const { return width(divide_up(vectors, count)); }
   Rows rows(int64_t panel) const {
     const int64_t first = panel * vectors / count;
     const int64_t some = (panel + 1) * vectors / count - first;
-    return {first * lanes, std::min(some * lanes, features - first * lanes), some, some * lanes};
+    return {first * lanes, std::min(some * lanes, features - first * lanes), some, width(some)};
   }
 };
 
@@ -146,7 +151,7 @@ class Work {
   void add_part(const Rows& rows, int64_t part) {
     if (params.conv_bias == nullptr) return;
     const double* sums = sums_.data() + part * part_width_;
-    for (int64_t f = 0; f < rows.width; ++f) bias_[static_cast<size_t>(rows.first + f)] += sums[f];
+    for (int64_t f = 0; f < rows.count; ++f) bias_[static_cast<size_t>(rows.first + f)] += sums[f];
   }
 
   void write_bias() const {

@@ -57,7 +57,7 @@ struct Slab {
   Range share = {0, 0};             // the lines whose bias the stretch answers for
   std::vector<char> counted;        // which of them have met it
 
-  std::vector<int64_t> slots;       // of the lines from held[0] on
+  std::vector<int64_t> slots;  // of the lines from held[0] on
 
   // Where a line that is read stands in the panel.
   int64_t slot(int64_t line) const { return slots[static_cast<size_t>(line - held[0].line)]; }

@@ -22,6 +22,7 @@ struct TileTask {
   const A* weight;              // packed weights of the n at hand, [k][c][n]
   const int64_t* kernel;        // [taps] k of a tap
   int64_t weight_step;          // from one k to the next
+  int64_t weight_line;          // from one c to the next: n, or more
   int64_t taps;
   int64_t channels;
 };

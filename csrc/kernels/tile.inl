@@ -8,8 +8,10 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   typedef A Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(A))));
   constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
   constexpr int kWidth = kVectors * kLanes;
+  // Sums of their own for so many neighbours c, where else one addition would wait for the last.
+  constexpr int kApart = kVectors * kChannels <= 2 ? 4 : kVectors * kChannels <= 4 ? 2 : 1;
 
-  Vector sums[kChannels][kVectors] = {};
+  Vector sums[kApart][kChannels][kVectors] = {};
   bool first = true;
   const auto flush = [&]() {
 #pragma GCC unroll 12
@@ -17,32 +19,43 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         Unaligned* to = reinterpret_cast<Unaligned*>(tile + n * kWidth + v * kLanes);
-        *to = first ? sums[n][v] : *to + sums[n][v];
-        sums[n][v] = Vector{};
+        Vector total = sums[0][n][v];
+        for (int apart = 1; apart < kApart; ++apart) total += sums[apart][n][v];
+        *to = first ? total : *to + total;
+        for (int apart = 0; apart < kApart; ++apart) sums[apart][n][v] = Vector{};
       }
     }
     first = false;
   };
+  const int64_t weight_line = task.weight_line;
   int64_t room = kFlushAfter;
   for (int64_t t = 0; t < task.taps; ++t) {
     const A* linear = task.linear + task.linear_start[t];
     const A* weight = task.weight + task.kernel[t] * task.weight_step;
+    const auto add = [&](Vector(&to)[kChannels][kVectors]) {
+      Vector rows[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        rows[v] = *reinterpret_cast<const Unaligned*>(linear + v * kLanes);
+      }
+#pragma GCC unroll 12
+      for (int n = 0; n < kChannels; ++n) {
+        const A scale = weight[n];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) to[n][v] += rows[v] * scale;
+      }
+      linear += kWidth;
+      weight += weight_line;
+    };
     int64_t left = task.channels;
     while (left > 0) {
       const int64_t some = left < room ? left : room;
-      for (int64_t c = 0; c < some; ++c, linear += kWidth, weight += kChannels) {
-        Vector rows[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          rows[v] = *reinterpret_cast<const Unaligned*>(linear + v * kLanes);
-        }
-#pragma GCC unroll 12
-        for (int n = 0; n < kChannels; ++n) {
-          const A scale = weight[n];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sums[n][v] += rows[v] * scale;
-        }
+      int64_t c = 0;
+      for (; c + kApart <= some; c += kApart) {
+#pragma GCC unroll 4
+        for (int apart = 0; apart < kApart; ++apart) add(sums[apart]);
       }
+      for (; c < some; ++c) add(sums[0]);
       left -= some;
       room -= some;
       if (room == 0) {

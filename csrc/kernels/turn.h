@@ -8,10 +8,14 @@
 //   pack_lines     to[place[n] + f] = from[n * stride + f]
 //   unpack_lines   to[n * stride + f] = from[n * step + f]
 //
-// The first two turn square blocks of one vector by one vector inside registers. All convert
-// between T and Accumulate<T> on the way, and may write past the caches, for what is far larger
-// than they are: a store that misses would wait for a line that nobody needs. turn.inl is the one
-// source, compiled once per SIMD level and type.
+// or with one in which each lane of a vector has its own place, such as rows of several channels:
+//
+//   pack_lanes     to[n * step + m] = from[offset[m] + n * position]
+//
+// The first two and the last turn square blocks of one vector by one vector inside registers. All
+// convert between T and Accumulate<T> on the way, and may write past the caches, for what is far
+// larger than they are: a store that misses would wait for a line that nobody needs. turn.inl is
+// the one source, compiled once per SIMD level and type.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +43,18 @@ struct PackTask {
 };
 
 template <typename T>
+struct PackLanesTask {
+  const T* from;
+  const int64_t* offset;  // of each lane; -1 where it is filled with zeros
+  int64_t position;       // from one n to the next
+  int64_t count;          // n
+  int64_t lanes;          // that are written
+  Accumulate<T>* to;      // null where only the sums are wanted
+  int64_t step;
+  double* sums;  // where wanted, sums[m] += sum over n, like those of pack
+};
+
+template <typename T>
 struct UnpackTask {
   const Accumulate<T>* from;
   int64_t step;
@@ -55,6 +71,7 @@ struct TurnSet {
   void (*unpack)(const UnpackTask<T>& task);
   void (*pack_lines)(const PackTask<T>& task);
   void (*unpack_lines)(const UnpackTask<T>& task);
+  void (*pack_lanes)(const PackLanesTask<T>& task);
   // Makes what was streamed visible to other threads.
   void (*finish)();
 };

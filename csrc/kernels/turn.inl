@@ -261,6 +261,50 @@ void pack_lines(const PackTask<T>& task) {
 }
 
 template <typename T>
+void pack_lanes(const PackLanesTask<T>& task) {
+  using A = Accumulate<T>;
+  using Vector = typename Block<A>::Vector;
+  constexpr int kLanes = Block<A>::kLanes;
+  const bool in_blocks = task.position == 1 && task.count >= kLanes;
+  for (int64_t done = 0; done < task.count;) {
+    const int64_t some = task.count - done < kLanes ? task.count - done : kLanes;
+    // The last block overlaps the one before where a whole one does not fit.
+    const int64_t first = in_blocks && some < kLanes ? task.count - kLanes : done;
+    const T* from = task.from + first * task.position;
+    Block<A> block;
+    if (in_blocks) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kLanes; ++m) {
+        block.line[m] = task.offset[m] < 0 ? Vector{} : load_line<T>(from + task.offset[m]);
+      }
+      block.turn();
+    } else {
+      for (int64_t n = 0; n < some; ++n) {
+        for (int m = 0; m < kLanes; ++m) {
+          const int64_t offset = task.offset[m];
+          block.line[n][m] = offset < 0 ? A{} : static_cast<A>(from[offset + n * task.position]);
+        }
+      }
+    }
+    const int64_t before = done - first;
+    Vector part = {};
+    for (int64_t n = before; n < before + some; ++n) {
+      if (task.to != nullptr) {
+        A* to = task.to + (first + n) * task.step;
+        if (task.lanes == kLanes) {
+          store_line<A>(to, block.line[n]);
+        } else {
+          for (int64_t m = 0; m < task.lanes; ++m) to[m] = block.line[n][m];
+        }
+      }
+      part += block.line[n];
+    }
+    if (task.sums != nullptr) add_to_sums<A>(part, task.sums);
+    done += some;
+  }
+}
+
+template <typename T>
 void unpack_lines(const UnpackTask<T>& task) {
   using A = Accumulate<T>;
   using Vector = typename Block<A>::Vector;
@@ -291,5 +335,5 @@ inline void finish() {
 
 template <typename T>
 TurnSet<T> make_turn_set() {
-  return {&pack<T>, &unpack<T>, &pack_lines<T>, &unpack_lines<T>, &finish};
+  return {&pack<T>, &unpack<T>, &pack_lines<T>, &unpack_lines<T>, &pack_lanes<T>, &finish};
 }
