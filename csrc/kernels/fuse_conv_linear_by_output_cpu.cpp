@@ -228,6 +228,7 @@ class ByOutput {
     TileTask<A> task = {};
     task.linear = linear;
     task.linear_start = &kZero;
+    task.linear_line = rows.width;
     task.kernel = &kZero;
     task.taps = 1;
     task.channels = channels.last - channels.first;

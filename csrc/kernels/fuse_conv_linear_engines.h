@@ -107,8 +107,9 @@ class Vectors {
   }
 
   // All of a task but the operands.
-  Task task(const Rows&, int64_t channels) const {
+  Task task(const Rows& rows, int64_t channels) const {
     Task task = {};
+    task.linear_line = rows.width;
     task.channels = work_.g.out_channels_per_group();
     task.weight_step = task.channels * channels;
     task.weight_line = channels;
@@ -218,6 +219,7 @@ class ChannelVectors {
   void multiply(Task task, const Rows& rows, int64_t, A* sums) const {
     std::swap(task.linear, task.weight);
     std::swap(task.linear_start, task.kernel);
+    task.linear_line = columns_;
     work_.tiles.tile[vectors_][rows.count](task, sums);
   }
 

@@ -102,6 +102,11 @@ class Work {
     return linear_ + offset(params.linear_stride, g.out_channels_per_group(), f, c_out, o);
   }
 
+  // The result's element of row f at position i of an input channel.
+  T* result(int64_t f, int64_t c_in, int64_t i) const {
+    return fused_ + offset(params.weight_stride, g.in_channels_per_group(), f, c_in, i);
+  }
+
   // Packs output positions [source, source + count) of some output channels of a group: position n
   // of channel c goes to `to + n * step + c * width`, and conv_bias times all of it to `sums`,
   // unless that or `to` is null. With `stream`, past the caches: finish() before another thread
@@ -173,10 +178,6 @@ class Work {
                         int64_t channel, int64_t position) {
     return f * strides.row + channel / channels_of_group * strides.group +
            channel % channels_of_group * strides.channel + position * strides.position;
-  }
-
-  T* result(int64_t f, int64_t c_in, int64_t i) const {
-    return fused_ + offset(params.weight_stride, g.in_channels_per_group(), f, c_in, i);
   }
 
   // Element m of position n goes from `from + n * step + m` to `m * stride` behind `to`.

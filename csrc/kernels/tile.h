@@ -19,6 +19,7 @@ template <typename A>
 struct TileTask {
   const A* linear;              // a packed group of the Linear's weight
   const int64_t* linear_start;  // [taps] where [c][f] of a tap begins
+  int64_t linear_line;          // from one c to the next: the tile's width, or more
   const A* weight;              // packed weights of the n at hand, [k][c][n]
   const int64_t* kernel;        // [taps] k of a tap
   int64_t weight_step;          // from one k to the next

@@ -27,6 +27,7 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
     }
     first = false;
   };
+  const int64_t linear_line = task.linear_line;
   const int64_t weight_line = task.weight_line;
   int64_t room = kFlushAfter;
   for (int64_t t = 0; t < task.taps; ++t) {
@@ -44,7 +45,7 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) to[n][v] += rows[v] * scale;
       }
-      linear += kWidth;
+      linear += linear_line;
       weight += weight_line;
     };
     int64_t left = task.channels;

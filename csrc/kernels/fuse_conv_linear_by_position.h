@@ -1,0 +1,15 @@
+// The way of fuse_conv_linear for few rows; see fuse_conv_linear_by_position_cpu.cpp.
+#pragma once
+
+#include "fuse_conv_linear.h"
+
+namespace linfuse {
+
+// A rule of the geometry, the number of rows and the weight: a weight that is not finite goes
+// another way, as zeros beside the image meet it here.
+bool fits_by_position(const FuseConvLinearParams& params);
+
+void fuse_conv_linear_by_position(const FuseConvLinearParams& params,
+                                  const ParallelFor& parallel_for, const Allocate& allocate);
+
+}  // namespace linfuse

@@ -1,0 +1,444 @@
+// fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
+//                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
+//
+// For few rows f, which would leave most lanes of a vector empty: here neighbouring input positions
+// fill it. A row of the Linear is a set of images, which need not be turned, only framed.
+//
+//   image    the output positions of one row and group, [c_out][place], with zeros around them
+//   place    where a position lies in the image
+//   phase    the input positions that have the same remainder by the stride, on every axis: they
+//            have the same taps, each of which reads neighbouring places for neighbours of a phase
+//   segment  neighbouring places of a phase, as many as a tile (tile.h) holds
+//   unit     neighbouring segments of an image: what a thread takes
+//
+// With zeros where a tap falls off the output, all places of a segment have all taps. The lines of a
+// phase follow one another with the gaps of the frame, and what is computed for a gap is dropped. A
+// transposed convolution has its phases in the image, as its output positions are the fine ones.
+#include "fuse_conv_linear_by_position.h"
+
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "fuse_conv_linear_engines.h"
+
+namespace linfuse {
+namespace {
+
+constexpr int64_t kStageBytes = int64_t{16} << 20;
+constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
+constexpr int64_t kUnitsPerThread = 8;
+// Rows that fill their vectors themselves are better turned.
+constexpr int64_t kMostRows = 16;
+// Of the lanes, that hold a position: below it other ways win.
+constexpr double kLeastFilled = 0.4;
+
+// A kernel element that positions of a phase have.
+struct AxisTap {
+  int64_t k;
+  int64_t part;   // of the output positions
+  int64_t steps;  // from the first of them to what the first of the phase reads
+};
+
+struct AxisPhase {
+  int64_t first;  // input position
+  int64_t count;
+  std::vector<AxisTap> taps;
+};
+
+// An axis of the images, and its phases.
+struct AxisFrame {
+  int64_t step;   // from one input position of a phase to the next
+  int64_t parts;  // phases of the output positions, one behind the other
+  int64_t low;    // places of a part before its first output position
+  int64_t pitch;  // places of a part
+  std::vector<AxisPhase> phases;
+
+  int64_t size() const { return parts * pitch; }
+  int64_t place(int64_t o) const { return o % parts * pitch + o / parts + low; }
+  int64_t place(const AxisTap& tap) const { return tap.part * pitch + tap.steps + low; }
+};
+
+AxisFrame make_frame(const Geometry& g, int a) {
+  const Axis& axis = g.axis[a];
+  AxisFrame frame = {};
+  frame.step = g.transposed ? 1 : axis.stride;
+  frame.parts = g.transposed ? axis.stride : 1;
+  const int64_t outs = divide_up(axis.out, frame.parts);
+  int64_t high = outs;
+  for (int64_t first = 0; first < std::min(frame.step, axis.in); ++first) {
+    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), {}};
+    for (int64_t k = 0; k < axis.kernel; ++k) {
+      // What the first of the phase reads: an output position times the stride, or of it a part.
+      const int64_t reach = g.transposed ? k * axis.dilation - axis.pad_low
+                                         : first + axis.pad_low - k * axis.dilation;
+      const int64_t rest = (reach % axis.stride + axis.stride) % axis.stride;
+      const int64_t steps = (reach - rest) / axis.stride;
+      if (!g.transposed && rest != 0) continue;
+      if (steps + phase.count <= 0 || steps >= outs) continue;  // all of it falls off
+      frame.low = std::max(frame.low, -steps);
+      high = std::max(high, steps + phase.count);
+      phase.taps.push_back({k, rest, steps});
+    }
+    // Its lines must not meet, whether it has taps or not.
+    high = std::max(high, phase.count);
+    frame.phases.push_back(std::move(phase));
+  }
+  frame.pitch = frame.low + high;
+  return frame;
+}
+
+// Neighbours in a segment that are positions, one behind the other on the innermost axis.
+struct RunOfPlaces {
+  int64_t lane;
+  int64_t count;
+  int64_t position;  // of the input
+};
+
+struct Segment {
+  size_t phase;
+  int64_t place;  // from the phase's first
+  size_t first_run;
+  size_t last_run;
+};
+
+// The taps of a phase, as a tile wants them.
+struct Phase {
+  std::vector<int64_t> place;
+  std::vector<int64_t> k;
+};
+
+struct Frame {
+  AxisFrame axis[kAxes];
+  int64_t width;  // lanes of a segment
+  std::vector<Phase> phases;
+  std::vector<Segment> segments;
+  std::vector<RunOfPlaces> runs;
+
+  Frame(const Geometry& g, int64_t width) : width(width) {
+    for (int a = 0; a < kAxes; ++a) axis[a] = make_frame(g, a);
+  }
+
+  int64_t places() const { return axis[0].size() * axis[1].size() * axis[2].size(); }
+
+  // From the first place of a phase to behind its last, gaps included.
+  int64_t span(const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) const {
+    return ((p0.count - 1) * axis[1].size() + p1.count - 1) * axis[2].size() + p2.count;
+  }
+
+  // Lanes of all segments, over the positions that they hold.
+  double filled(const Geometry& g) const {
+    double lanes = 0;
+    for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
+      lanes += static_cast<double>(divide_up(span(p0, p1, p2), width) * width);
+    });
+    return static_cast<double>(g.in_positions()) / lanes;
+  }
+
+  void list(const Geometry& g) {
+    for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
+      list_taps(g, p0, p1, p2);
+      const int64_t all = span(p0, p1, p2);
+      for (int64_t place = 0; place < all; place += width) {
+        const size_t first = runs.size();
+        list_runs(g, p0, p1, p2, place, std::min(all, place + width));
+        // A segment may be a gap.
+        if (runs.size() > first) segments.push_back({phases.size() - 1, place, first, runs.size()});
+      }
+    });
+  }
+
+ private:
+  template <typename Visitor>
+  void for_each_phase(const Visitor& visit) const {
+    for (const AxisPhase& p0 : axis[0].phases) {
+      for (const AxisPhase& p1 : axis[1].phases) {
+        for (const AxisPhase& p2 : axis[2].phases) visit(p0, p1, p2);
+      }
+    }
+  }
+
+  void list_taps(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1,
+                 const AxisPhase& p2) {
+    Phase phase;
+    for (const AxisTap& t0 : p0.taps) {
+      for (const AxisTap& t1 : p1.taps) {
+        const int64_t line =
+            (axis[0].place(t0) * axis[1].size() + axis[1].place(t1)) * axis[2].size();
+        const int64_t k_line = (t0.k * g.axis[1].kernel + t1.k) * g.axis[2].kernel;
+        for (const AxisTap& t2 : p2.taps) {
+          phase.place.push_back(line + axis[2].place(t2));
+          phase.k.push_back(k_line + t2.k);
+        }
+      }
+    }
+    phases.push_back(std::move(phase));
+  }
+
+  void list_runs(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2,
+                 int64_t begin, int64_t end) {
+    for (int64_t place = begin; place < end;) {
+      const int64_t at2 = place % axis[2].size();
+      const int64_t line = place / axis[2].size();
+      const int64_t at1 = line % axis[1].size();
+      const int64_t at0 = line / axis[1].size();
+      const int64_t next = std::min(end, (line + 1) * axis[2].size());
+      if (at1 < p1.count && at2 < p2.count) {
+        const int64_t i0 = p0.first + at0 * axis[0].step;
+        const int64_t i1 = p1.first + at1 * axis[1].step;
+        const int64_t i2 = p2.first + at2 * axis[2].step;
+        runs.push_back({place - begin, std::min(next - place, p2.count - at2),
+                        (i0 * g.axis[1].in + i1) * g.axis[2].in + i2});
+      }
+      place = next;
+    }
+  }
+};
+
+template <typename T>
+class ByPosition {
+  using A = Accumulate<T>;
+
+ public:
+  ByPosition(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
+             const Allocate& allocate)
+      : work_(params, parallel_for),
+        g_(work_.g),
+        out_channels_(g_.out_channels_per_group()),
+        in_channels_(g_.in_channels_per_group()),
+        blocks_(divide_up(in_channels_, work_.tiles.most_channels)),
+        vectors_(vectors_of(g_, work_.tiles)),
+        frame_(g_, vectors_ * work_.tiles.lanes) {
+    frame_.list(g_);
+    // What a segment reads beyond the last place; and no power of two from channel to channel.
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+    pitch_ = divide_up(frame_.places() + frame_.width, kLine) * kLine;
+    if (pitch_ % (16 * kLine) == 0) pitch_ += kLine;
+    const int64_t image_bytes = out_channels_ * pitch_ * int64_t{sizeof(A)};
+    stage_ = std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
+    const int64_t weight_bytes =
+        aligned(g_.groups * group_weights() * static_cast<int64_t>(sizeof(A)));
+    weight_ = reinterpret_cast<A*>(allocate(weight_bytes + stage_ * image_bytes));
+    advise_huge_pages(weight_, weight_bytes + stage_ * image_bytes);
+    image_ = reinterpret_cast<A*>(reinterpret_cast<char*>(weight_) + weight_bytes);
+    work_.make_parts(stage_ * out_channels_, 1);
+  }
+
+  void run() {
+    pack_weight();
+    for (int64_t first = 0; first < images(); first += stage_) {
+      const Range stage = {first, std::min(images(), first + stage_)};
+      make_images(stage);
+      multiply(stage);
+    }
+    work_.write_bias();
+  }
+
+  // Vectors of a tile: as many as its columns leave registers for, and no more than are filled.
+  static int64_t vectors_of(const Geometry& g, const TileSet<A>& tiles) {
+    const int64_t blocks = divide_up(g.in_channels_per_group(), tiles.most_channels);
+    const int64_t most = tiles.most_vectors(divide_up(g.in_channels_per_group(), blocks));
+    return std::min(most, divide_up(g.in_positions(), tiles.lanes));
+  }
+
+ private:
+  int64_t images() const { return work_.params.features * g_.groups; }
+  int64_t block_start(int64_t block) const { return block * in_channels_ / blocks_; }
+  int64_t group_weights() const { return g_.kernel_positions() * out_channels_ * in_channels_; }
+
+  void pack_weight() const {
+    for_each(work_.parallel_for, g_.groups * blocks_, group_weights() / blocks_, [&](int64_t n) {
+      const int64_t group = n / blocks_;
+      const int64_t start = block_start(n % blocks_);
+      const int64_t channels = block_start(n % blocks_ + 1) - start;
+      pack_channels(work_, group * out_channels_, start, channels, channels,
+                    weight_of(group, n % blocks_));
+    });
+  }
+
+  A* weight_of(int64_t group, int64_t block) const {
+    return weight_ + group * group_weights() +
+           block_start(block) * g_.kernel_positions() * out_channels_;
+  }
+
+  // Copies the stage's channels into their frames, and adds up what conv_bias gives.
+  void make_images(Range stage) {
+    const int64_t channels = (stage.last - stage.first) * out_channels_;
+    for_each(work_.parallel_for, channels, pitch_, [&](int64_t n) {
+      const int64_t image = stage.first + n / out_channels_;
+      const int64_t c_out = image % g_.groups * out_channels_ + n % out_channels_;
+      make_channel(image / g_.groups, c_out, image_ + n * pitch_, work_.start_part(n));
+    });
+    for (int64_t n = 0; n < channels; ++n) {
+      const int64_t f = (stage.first + n / out_channels_) / g_.groups;
+      work_.add_part({f, 1, 1, 1}, n);
+    }
+  }
+
+  void make_channel(int64_t f, int64_t c_out, A* to, double* sums) const {
+    const int64_t step = work_.params.linear_stride.position;
+    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(pitch_) * sizeof(A));
+    const T* from = work_.linear(f, c_out, 0);
+    double total = 0;
+    for (int64_t o0 = 0; o0 < g_.axis[0].out; ++o0) {
+      for (int64_t o1 = 0; o1 < g_.axis[1].out; ++o1) {
+        A* line = to + (frame_.axis[0].place(o0) * frame_.axis[1].size() +
+                        frame_.axis[1].place(o1)) *
+                           frame_.axis[2].size();
+        copy_line(from, step, line);
+        if (sums != nullptr) total += sum_line(from, step);
+        from += g_.axis[2].out * step;
+      }
+    }
+    if (sums == nullptr) return;
+    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
+    *sums += total * static_cast<double>(static_cast<A>(conv_bias[c_out]));
+  }
+
+  void copy_line(const T* from, int64_t step, A* line) const {
+    const AxisFrame& axis = frame_.axis[2];
+    const int64_t count = g_.axis[2].out;
+    if (axis.parts == 1 && step == 1) {
+      for (int64_t o = 0; o < count; ++o) line[axis.low + o] = static_cast<A>(from[o]);
+      return;
+    }
+    for (int64_t part = 0; part < std::min(axis.parts, count); ++part) {
+      A* to = line + axis.place(part);
+      const T* at = from + part * step;
+      const int64_t some = divide_up(count - part, axis.parts);
+      for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * axis.parts * step]);
+    }
+  }
+
+  double sum_line(const T* from, int64_t step) const {
+    constexpr int64_t kApart = 8;
+    double sums[kApart] = {};
+    const int64_t count = g_.axis[2].out;
+    int64_t o = 0;
+    for (; o + kApart <= count; o += kApart) {
+      for (int64_t n = 0; n < kApart; ++n) {
+        sums[n] += static_cast<double>(static_cast<A>(from[(o + n) * step]));
+      }
+    }
+    for (; o < count; ++o) sums[0] += static_cast<double>(static_cast<A>(from[o * step]));
+    return std::accumulate(sums, sums + kApart, 0.0);
+  }
+
+  void multiply(Range stage) {
+    const int64_t count = stage.last - stage.first;
+    const auto segments = static_cast<int64_t>(frame_.segments.size());
+    const int64_t threads = work_.params.threads;
+    const int64_t wanted = divide_up(kUnitsPerThread * threads, count);
+    const int64_t strips = std::min(segments, wanted);
+    const int64_t cost = divide_up(segments, strips) * frame_.width * group_weights();
+    work_.share(count * strips, cost, threads, [&](int64_t, int64_t unit) {
+      const int64_t image = unit / strips;
+      const int64_t strip = unit % strips;
+      for (int64_t n = strip * segments / strips; n < (strip + 1) * segments / strips; ++n) {
+        multiply_segment(stage.first + image, image_ + image * out_channels_ * pitch_,
+                         frame_.segments[static_cast<size_t>(n)]);
+      }
+    });
+  }
+
+  void multiply_segment(int64_t image, const A* from, const Segment& segment) const {
+    constexpr int kMost = TileSet<A>::kMostVectors * TileSet<A>::kMostChannels;
+    alignas(64) A sums[kMost * TileSet<A>::kMostLanes];
+    const int64_t group = image % g_.groups;
+    const Phase& phase = frame_.phases[segment.phase];
+    TileTask<A> task = {};
+    task.linear = from + segment.place;
+    task.linear_start = phase.place.data();
+    task.linear_line = pitch_;
+    task.kernel = phase.k.data();
+    task.taps = static_cast<int64_t>(phase.k.size());
+    task.channels = out_channels_;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t start = block_start(block);
+      const int64_t channels = block_start(block + 1) - start;
+      task.weight = weight_of(group, block);
+      task.weight_line = channels;
+      task.weight_step = out_channels_ * channels;
+      work_.tiles.tile[vectors_][channels](task, sums);
+      for (int64_t n = 0; n < channels; ++n) {
+        T* to = work_.result(image / g_.groups, group * in_channels_ + start + n, 0);
+        for (size_t r = segment.first_run; r < segment.last_run; ++r) {
+          write_run(frame_.runs[r], sums + n * frame_.width, to);
+        }
+      }
+    }
+  }
+
+  void write_run(const RunOfPlaces& run, const A* sums, T* to) const {
+    const int64_t position = work_.params.weight_stride.position;
+    const int64_t step = frame_.axis[2].step * position;
+    T* at = to + run.position * position;
+    const A* from = sums + run.lane;
+    if (step == 1) {
+      for (int64_t n = 0; n < run.count; ++n) at[n] = static_cast<T>(from[n]);
+    } else {
+      for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
+    }
+  }
+
+  Work<T> work_;
+  const Geometry& g_;
+  const int64_t out_channels_;  // of a group, like the next two
+  const int64_t in_channels_;
+  const int64_t blocks_;
+  const int64_t vectors_;
+  Frame frame_;
+  A* weight_ = nullptr;  // [group][block][k][c_out][c_in of the block]
+  A* image_ = nullptr;   // [image of the stage][c_out][place]
+  int64_t pitch_ = 0;    // from one channel of an image to the next
+  int64_t stage_ = 1;    // images that are held at a time
+};
+
+inline bool is_finite(float value) {
+  return (detail::bits_of(value) & 0x7f800000) != 0x7f800000;
+}
+inline bool is_finite(double value) { return std::isfinite(value); }
+inline bool is_finite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
+inline bool is_finite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
+
+template <typename T>
+bool all_finite(const void* values, int64_t count) {
+  const T* from = static_cast<const T*>(values);
+  bool finite = true;
+  for (int64_t n = 0; n < count; ++n) finite &= is_finite(from[n]);
+  return finite;
+}
+
+template <typename T>
+bool fits(const FuseConvLinearParams& params) {
+  using A = Accumulate<T>;
+  constexpr int64_t kSize = sizeof(A);
+  const Geometry& g = params.geometry;
+  const TileSet<A>& tiles = simd_kernels(simd_level());
+  const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
+  if (weights * kSize > kMostWeightBytes) return false;
+  if (g.out_channels_per_group() * g.out_positions() * kSize > kStageBytes) return false;
+  const Frame frame(g, ByPosition<T>::vectors_of(g, tiles) * tiles.lanes);
+  if (g.out_channels_per_group() * (frame.places() + frame.width) * kSize > kStageBytes) {
+    return false;
+  }
+  return frame.filled(g) >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
+}
+
+}  // namespace
+
+bool fits_by_position(const FuseConvLinearParams& params) {
+  if (params.features > kMostRows || params.geometry.taps_may_collide() ||
+      fits_matrix_tiles(params)) {
+    return false;
+  }
+  return dispatch(params.dtype, [&](auto zero) { return fits<decltype(zero)>(params); });
+}
+
+void fuse_conv_linear_by_position(const FuseConvLinearParams& params,
+                                  const ParallelFor& parallel_for, const Allocate& allocate) {
+  dispatch(params.dtype,
+           [&](auto zero) { ByPosition<decltype(zero)>(params, parallel_for, allocate).run(); });
+}
+
+}  // namespace linfuse
