@@ -4,7 +4,9 @@
 // For few rows f, which would leave most lanes of a vector empty: here neighbouring input positions
 // fill it. A row of the Linear is a set of images, which need not be turned, only framed.
 //
-//   image    the output positions of one row and group, [c_out][place], with zeros around them
+//   slab     a range of input positions on one axis (slab.h), if all are too many for an image
+//   image    the output positions of one row and group that a slab reads, [c_out][place], with
+//            zeros around them
 //   place    where a position lies in the image
 //   phase    the input positions that have the same remainder by the stride, on every axis: they
 //            have the same taps, each of which reads neighbouring places for neighbours of a phase
@@ -26,8 +28,13 @@ namespace linfuse {
 namespace {
 
 constexpr int64_t kStageBytes = int64_t{16} << 20;
+// Two thirds of the second-level cache of a current server, and how many keep a thread busy.
+constexpr int64_t kOwnImageBytes = int64_t{11} << 17;
+constexpr int64_t kLeastImages = 3;
 constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kUnitsPerThread = 8;
+// About half of a core's first-level cache.
+constexpr int64_t kCacheBytes = int64_t{24} << 10;
 // Rows that fill their vectors themselves are better turned.
 constexpr int64_t kMostRows = 16;
 // Of the lanes, that hold a position: below it other ways win.
@@ -49,14 +56,10 @@ struct AxisPhase {
 // An axis of the images, and its phases.
 struct AxisFrame {
   int64_t step;   // from one input position of a phase to the next
-  int64_t parts;  // phases of the output positions, one behind the other
+  int64_t parts;  // that output positions are split into, by their remainder
   int64_t low;    // places of a part before its first output position
   int64_t pitch;  // places of a part
   std::vector<AxisPhase> phases;
-
-  int64_t size() const { return parts * pitch; }
-  int64_t place(int64_t o) const { return o % parts * pitch + o / parts + low; }
-  int64_t place(const AxisTap& tap) const { return tap.part * pitch + tap.steps + low; }
 };
 
 AxisFrame make_frame(const Geometry& g, int a) {
@@ -65,7 +68,8 @@ AxisFrame make_frame(const Geometry& g, int a) {
   frame.step = g.transposed ? 1 : axis.stride;
   frame.parts = g.transposed ? axis.stride : 1;
   const int64_t outs = divide_up(axis.out, frame.parts);
-  int64_t high = outs;
+  int64_t high = 0;  // places read behind the last output position
+  int64_t most_in = 0;
   for (int64_t first = 0; first < std::min(frame.step, axis.in); ++first) {
     AxisPhase phase = {first, divide_up(axis.in - first, frame.step), {}};
     for (int64_t k = 0; k < axis.kernel; ++k) {
@@ -77,14 +81,14 @@ AxisFrame make_frame(const Geometry& g, int a) {
       if (!g.transposed && rest != 0) continue;
       if (steps + phase.count <= 0 || steps >= outs) continue;  // all of it falls off
       frame.low = std::max(frame.low, -steps);
-      high = std::max(high, steps + phase.count);
+      high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
     }
-    // Its lines must not meet, whether it has taps or not.
-    high = std::max(high, phase.count);
+    most_in = std::max(most_in, phase.count);
     frame.phases.push_back(std::move(phase));
   }
-  frame.pitch = frame.low + high;
+  // What lies behind a line lies before the next one. Those of a phase must not meet.
+  frame.pitch = std::max(outs + std::max(frame.low, high), most_in);
   return frame;
 }
 
@@ -109,21 +113,33 @@ struct Phase {
 };
 
 struct Frame {
-  AxisFrame axis[kAxes];
-  int64_t width;  // lanes of a segment
+  AxisFrame axis[kAxes] = {};
+  int64_t width = 0;  // lanes of a segment
   std::vector<Phase> phases;
   std::vector<Segment> segments;
   std::vector<RunOfPlaces> runs;
 
+  Frame() = default;
   Frame(const Geometry& g, int64_t width) : width(width) {
     for (int a = 0; a < kAxes; ++a) axis[a] = make_frame(g, a);
   }
 
-  int64_t places() const { return axis[0].size() * axis[1].size() * axis[2].size(); }
+  int64_t part_places() const { return axis[0].pitch * axis[1].pitch * axis[2].pitch; }
+  int64_t parts() const { return axis[0].parts * axis[1].parts * axis[2].parts; }
+  int64_t places() const { return parts() * part_places(); }
+
+  // One part lies behind the other, and in each one line behind the other.
+  int64_t place(const Position& part, const Position& within) const {
+    const int64_t number =
+        (part.at[0] * axis[1].parts + part.at[1]) * axis[2].parts + part.at[2];
+    const int64_t line =
+        (within.at[0] + axis[0].low) * axis[1].pitch + within.at[1] + axis[1].low;
+    return number * part_places() + line * axis[2].pitch + within.at[2] + axis[2].low;
+  }
 
   // From the first place of a phase to behind its last, gaps included.
   int64_t span(const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) const {
-    return ((p0.count - 1) * axis[1].size() + p1.count - 1) * axis[2].size() + p2.count;
+    return ((p0.count - 1) * axis[1].pitch + p1.count - 1) * axis[2].pitch + p2.count;
   }
 
   // Lanes of all segments, over the positions that they hold.
@@ -163,11 +179,10 @@ struct Frame {
     Phase phase;
     for (const AxisTap& t0 : p0.taps) {
       for (const AxisTap& t1 : p1.taps) {
-        const int64_t line =
-            (axis[0].place(t0) * axis[1].size() + axis[1].place(t1)) * axis[2].size();
         const int64_t k_line = (t0.k * g.axis[1].kernel + t1.k) * g.axis[2].kernel;
         for (const AxisTap& t2 : p2.taps) {
-          phase.place.push_back(line + axis[2].place(t2));
+          phase.place.push_back(
+              place({{t0.part, t1.part, t2.part}}, {{t0.steps, t1.steps, t2.steps}}));
           phase.k.push_back(k_line + t2.k);
         }
       }
@@ -178,11 +193,11 @@ struct Frame {
   void list_runs(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2,
                  int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end;) {
-      const int64_t at2 = place % axis[2].size();
-      const int64_t line = place / axis[2].size();
-      const int64_t at1 = line % axis[1].size();
-      const int64_t at0 = line / axis[1].size();
-      const int64_t next = std::min(end, (line + 1) * axis[2].size());
+      const int64_t at2 = place % axis[2].pitch;
+      const int64_t line = place / axis[2].pitch;
+      const int64_t at1 = line % axis[1].pitch;
+      const int64_t at0 = line / axis[1].pitch;
+      const int64_t next = std::min(end, (line + 1) * axis[2].pitch);
       if (at1 < p1.count && at2 < p2.count) {
         const int64_t i0 = p0.first + at0 * axis[0].step;
         const int64_t i1 = p1.first + at1 * axis[1].step;
@@ -194,6 +209,34 @@ struct Frame {
     }
   }
 };
+
+// A range of input positions as a convolution of its own.
+struct PositionSlab {
+  Geometry geometry;
+  int64_t in_first;   // input positions before it
+  Range outs[kAxes];  // that it reads
+  Range share[kAxes];  // output positions whose bias it answers for
+};
+
+PositionSlab make_position_slab(const Geometry& g, const Slabs& slabs, int64_t number) {
+  const int a = slabs.axis;
+  const Range in = detail::range_of_slab(g, slabs, number);
+  std::vector<int64_t> reads;
+  detail::list_reads(g, a, in, reads);
+  PositionSlab slab = {g, in.first * inner_in(g, slabs), {}, {}};
+  for (int each = 0; each < kAxes; ++each) {
+    slab.outs[each] = slab.share[each] = {0, g.axis[each].out};
+  }
+  slab.outs[a] = reads.empty() ? Range{0, 0} : Range{reads.front(), reads.back() + 1};
+  slab.share[a] = {number * g.axis[a].out / slabs.count, (number + 1) * g.axis[a].out / slabs.count};
+  Axis& axis = slab.geometry.axis[a];
+  axis.in = in.last - in.first;
+  axis.out = slab.outs[a].last - slab.outs[a].first;
+  // What ties the first ones together.
+  axis.pad_low += g.transposed ? slab.outs[a].first - in.first * axis.stride
+                               : in.first - slab.outs[a].first * axis.stride;
+  return slab;
+}
 
 template <typename T>
 class ByPosition {
@@ -208,28 +251,33 @@ class ByPosition {
         in_channels_(g_.in_channels_per_group()),
         blocks_(divide_up(in_channels_, work_.tiles.most_channels)),
         vectors_(vectors_of(g_, work_.tiles)),
-        frame_(g_, vectors_ * work_.tiles.lanes) {
-    frame_.list(g_);
-    // What a segment reads beyond the last place; and no power of two from channel to channel.
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
-    pitch_ = divide_up(frame_.places() + frame_.width, kLine) * kLine;
-    if (pitch_ % (16 * kLine) == 0) pitch_ += kLine;
-    const int64_t image_bytes = out_channels_ * pitch_ * int64_t{sizeof(A)};
-    stage_ = std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
+        slabs_(one_slab(g_)) {
+    while (measure_slabs() > kStageBytes && slabs_.length > 1) {
+      slabs_.length = divide_up(slabs_.length, 2);
+      slabs_.count = divide_up(g_.axis[slabs_.axis].in, slabs_.length);
+    }
+    const int64_t image_bytes = image_size_ * int64_t{sizeof(A)};
+    alone_ = image_bytes <= kOwnImageBytes && images() >= kLeastImages * params.threads;
+    stage_ = alone_ ? params.threads
+                    : std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
     const int64_t weight_bytes =
         aligned(g_.groups * group_weights() * static_cast<int64_t>(sizeof(A)));
     weight_ = reinterpret_cast<A*>(allocate(weight_bytes + stage_ * image_bytes));
     advise_huge_pages(weight_, weight_bytes + stage_ * image_bytes);
     image_ = reinterpret_cast<A*>(reinterpret_cast<char*>(weight_) + weight_bytes);
-    work_.make_parts(stage_ * out_channels_, 1);
+    work_.make_parts(images() * out_channels_, 1);
   }
 
   void run() {
     pack_weight();
-    for (int64_t first = 0; first < images(); first += stage_) {
-      const Range stage = {first, std::min(images(), first + stage_)};
-      make_images(stage);
-      multiply(stage);
+    for (int64_t number = 0; number < slabs_.count; ++number) {
+      slab_ = make_position_slab(g_, slabs_, number);
+      frame_ = Frame(slab_.geometry, vectors_ * work_.tiles.lanes);
+      frame_.list(slab_.geometry);
+      alone_ ? run_alone() : run_together();
+      for (int64_t n = 0; n < images() * out_channels_; ++n) {
+        work_.add_part({n / out_channels_ / g_.groups, 1, 1, 1}, n);
+      }
     }
     work_.write_bias();
   }
@@ -242,6 +290,23 @@ class ByPosition {
   }
 
  private:
+  // Bytes of the largest image; sets the pitch of its channels.
+  int64_t measure_slabs() {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+    pitch_ = 0;
+    for (int64_t number = 0; number < slabs_.count; ++number) {
+      const Frame frame(make_position_slab(g_, slabs_, number).geometry, width());
+      pitch_ = std::max(pitch_, divide_up(frame.places(), kLine) * kLine);
+    }
+    // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
+    if (pitch_ % (16 * kLine) == 0) pitch_ += kLine;
+    image_size_ = (out_channels_ + 1) * pitch_ + width();
+    image_size_ = divide_up(image_size_, kLine) * kLine;
+    return image_size_ * static_cast<int64_t>(sizeof(A));
+  }
+
+  int64_t width() const { return vectors_ * work_.tiles.lanes; }
+
   int64_t images() const { return work_.params.features * g_.groups; }
   int64_t block_start(int64_t block) const { return block * in_channels_ / blocks_; }
   int64_t group_weights() const { return g_.kernel_positions() * out_channels_ * in_channels_; }
@@ -261,107 +326,145 @@ class ByPosition {
            block_start(block) * g_.kernel_positions() * out_channels_;
   }
 
-  // Copies the stage's channels into their frames, and adds up what conv_bias gives.
-  void make_images(Range stage) {
-    const int64_t channels = (stage.last - stage.first) * out_channels_;
-    for_each(work_.parallel_for, channels, pitch_, [&](int64_t n) {
-      const int64_t image = stage.first + n / out_channels_;
-      const int64_t c_out = image % g_.groups * out_channels_ + n % out_channels_;
-      make_channel(image / g_.groups, c_out, image_ + n * pitch_, work_.start_part(n));
-    });
-    for (int64_t n = 0; n < channels; ++n) {
-      const int64_t f = (stage.first + n / out_channels_) / g_.groups;
-      work_.add_part({f, 1, 1, 1}, n);
+  // An image for each thread at a time, which stays in its cache.
+  void run_alone() {
+    const auto segments = static_cast<int64_t>(frame_.segments.size());
+    work_.share(images(), group_weights() * g_.in_positions(), stage_,
+                [&](int64_t thread, int64_t image) {
+                  A* own = image_ + thread * image_size_;
+                  for (int64_t c = 0; c < out_channels_; ++c) make_channel(image, c, own);
+                  multiply(image, own, {0, segments});
+                });
+  }
+
+  // All threads share some images.
+  void run_together() {
+    const auto segments = static_cast<int64_t>(frame_.segments.size());
+    for (int64_t first = 0; first < images(); first += stage_) {
+      const int64_t count = std::min(stage_, images() - first);
+      for_each(work_.parallel_for, count * out_channels_, pitch_, [&](int64_t n) {
+        const int64_t image = n / out_channels_;
+        make_channel(first + image, n % out_channels_, image_ + image * image_size_);
+      });
+      const int64_t threads = work_.params.threads;
+      const int64_t strips = std::min(segments, divide_up(kUnitsPerThread * threads, count));
+      const int64_t cost = divide_up(segments, strips) * frame_.width * group_weights();
+      work_.share(count * strips, cost, threads, [&](int64_t, int64_t unit) {
+        const int64_t image = unit / strips;
+        const int64_t strip = unit % strips;
+        multiply(first + image, image_ + image * image_size_,
+                 {strip * segments / strips, (strip + 1) * segments / strips});
+      });
     }
   }
 
-  void make_channel(int64_t f, int64_t c_out, A* to, double* sums) const {
+  // Copies an output channel of a group into its frame, and adds up what conv_bias gives.
+  void make_channel(int64_t image, int64_t channel, A* images) {
+    const int64_t f = image / g_.groups;
+    const int64_t c_out = image % g_.groups * out_channels_ + channel;
     const int64_t step = work_.params.linear_stride.position;
-    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(pitch_) * sizeof(A));
-    const T* from = work_.linear(f, c_out, 0);
-    double total = 0;
-    for (int64_t o0 = 0; o0 < g_.axis[0].out; ++o0) {
-      for (int64_t o1 = 0; o1 < g_.axis[1].out; ++o1) {
-        A* line = to + (frame_.axis[0].place(o0) * frame_.axis[1].size() +
-                        frame_.axis[1].place(o1)) *
-                           frame_.axis[2].size();
-        copy_line(from, step, line);
-        if (sums != nullptr) total += sum_line(from, step);
-        from += g_.axis[2].out * step;
-      }
-    }
+    double* sums = work_.start_part(image * out_channels_ + channel);
+    A* to = images + channel * pitch_;
+    const bool is_last = channel == out_channels_ - 1;
+    const int64_t places = is_last ? image_size_ - channel * pitch_ : pitch_;
+    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(places) * sizeof(A));
+    for_each_line(slab_.outs, [&](int64_t o0, int64_t o1, int64_t o2, int64_t count) {
+      copy_line(work_.linear(f, c_out, place_of(o0, o1, o2)), step, o0 - slab_.outs[0].first,
+                o1 - slab_.outs[1].first, count, to);
+    });
     if (sums == nullptr) return;
+    double total = 0;
+    for_each_line(slab_.share, [&](int64_t o0, int64_t o1, int64_t o2, int64_t count) {
+      total += sum_line(work_.linear(f, c_out, place_of(o0, o1, o2)), step, count);
+    });
     const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
     *sums += total * static_cast<double>(static_cast<A>(conv_bias[c_out]));
   }
 
-  void copy_line(const T* from, int64_t step, A* line) const {
-    const AxisFrame& axis = frame_.axis[2];
-    const int64_t count = g_.axis[2].out;
-    if (axis.parts == 1 && step == 1) {
-      for (int64_t o = 0; o < count; ++o) line[axis.low + o] = static_cast<A>(from[o]);
-      return;
+  int64_t place_of(int64_t o0, int64_t o1, int64_t o2) const {
+    return (o0 * g_.axis[1].out + o1) * g_.axis[2].out + o2;
+  }
+
+  template <typename Visitor>
+  static void for_each_line(const Range (&outs)[kAxes], const Visitor& visit) {
+    for (int64_t o0 = outs[0].first; o0 < outs[0].last; ++o0) {
+      for (int64_t o1 = outs[1].first; o1 < outs[1].last; ++o1) {
+        visit(o0, o1, outs[2].first, outs[2].last - outs[2].first);
+      }
     }
-    for (int64_t part = 0; part < std::min(axis.parts, count); ++part) {
-      A* to = line + axis.place(part);
+  }
+
+  // `o0` and `o1` count within the slab.
+  void copy_line(const T* from, int64_t step, int64_t o0, int64_t o1, int64_t count,
+                 A* image) const {
+    const AxisFrame(&axis)[kAxes] = frame_.axis;
+    const int64_t parts = axis[2].parts;
+    for (int64_t part = 0; part < std::min(parts, count); ++part) {
+      A* to = image + frame_.place({{o0 % axis[0].parts, o1 % axis[1].parts, part}},
+                                   {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
       const T* at = from + part * step;
-      const int64_t some = divide_up(count - part, axis.parts);
-      for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * axis.parts * step]);
+      const int64_t some = divide_up(count - part, parts);
+      if (parts * step == 1) {
+        for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n]);
+      } else {
+        for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * parts * step]);
+      }
     }
   }
 
-  double sum_line(const T* from, int64_t step) const {
-    constexpr int64_t kApart = 8;
-    double sums[kApart] = {};
-    const int64_t count = g_.axis[2].out;
-    int64_t o = 0;
-    for (; o + kApart <= count; o += kApart) {
-      for (int64_t n = 0; n < kApart; ++n) {
-        sums[n] += static_cast<double>(static_cast<A>(from[(o + n) * step]));
+  static double sum_line(const T* from, int64_t step, int64_t count) {
+    constexpr int64_t kApart = 16;
+    constexpr int64_t kAtATime = 16 * kApart;
+    double total = 0;
+    for (; count > 0; count -= kAtATime, from += kAtATime * step) {
+      const int64_t some = std::min(count, kAtATime);
+      A sums[kApart] = {};
+      int64_t o = 0;
+      if (step == 1) {
+        for (; o + kApart <= some; o += kApart) {
+          for (int64_t n = 0; n < kApart; ++n) sums[n] += static_cast<A>(from[o + n]);
+        }
       }
+      for (; o < some; ++o) sums[o % kApart] += static_cast<A>(from[o * step]);
+      for (const A sum : sums) total += static_cast<double>(sum);
     }
-    for (; o < count; ++o) sums[0] += static_cast<double>(static_cast<A>(from[o * step]));
-    return std::accumulate(sums, sums + kApart, 0.0);
+    return total;
   }
 
-  void multiply(Range stage) {
-    const int64_t count = stage.last - stage.first;
-    const auto segments = static_cast<int64_t>(frame_.segments.size());
-    const int64_t threads = work_.params.threads;
-    const int64_t wanted = divide_up(kUnitsPerThread * threads, count);
-    const int64_t strips = std::min(segments, wanted);
-    const int64_t cost = divide_up(segments, strips) * frame_.width * group_weights();
-    work_.share(count * strips, cost, threads, [&](int64_t, int64_t unit) {
-      const int64_t image = unit / strips;
-      const int64_t strip = unit % strips;
-      for (int64_t n = strip * segments / strips; n < (strip + 1) * segments / strips; ++n) {
-        multiply_segment(stage.first + image, image_ + image * out_channels_ * pitch_,
-                         frame_.segments[static_cast<size_t>(n)]);
-      }
-    });
+  void multiply(int64_t image, const A* from, Range segments) const {
+    for (int64_t n = segments.first; n < segments.last; ++n) {
+      multiply_segment(image, from, frame_.segments[static_cast<size_t>(n)]);
+    }
   }
 
   void multiply_segment(int64_t image, const A* from, const Segment& segment) const {
     constexpr int kMost = TileSet<A>::kMostVectors * TileSet<A>::kMostChannels;
     alignas(64) A sums[kMost * TileSet<A>::kMostLanes];
+    alignas(64) A more[kMost * TileSet<A>::kMostLanes];
     const int64_t group = image % g_.groups;
     const Phase& phase = frame_.phases[segment.phase];
     TileTask<A> task = {};
-    task.linear = from + segment.place;
     task.linear_start = phase.place.data();
     task.linear_line = pitch_;
     task.kernel = phase.k.data();
     task.taps = static_cast<int64_t>(phase.k.size());
-    task.channels = out_channels_;
+    const int64_t at_once =
+        std::max<int64_t>(1, kCacheBytes / (frame_.width * static_cast<int64_t>(sizeof(A))));
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t start = block_start(block);
       const int64_t channels = block_start(block + 1) - start;
-      task.weight = weight_of(group, block);
       task.weight_line = channels;
       task.weight_step = out_channels_ * channels;
-      work_.tiles.tile[vectors_][channels](task, sums);
+      // Few enough output channels at a time to stay in the first-level cache for all taps.
+      for (int64_t c = 0; c < out_channels_; c += at_once) {
+        task.linear = from + c * pitch_ + segment.place;
+        task.weight = weight_of(group, block) + c * channels;
+        task.channels = std::min(at_once, out_channels_ - c);
+        work_.tiles.tile[vectors_][channels](task, c == 0 ? sums : more);
+        for (int64_t n = 0; c > 0 && n < channels * frame_.width; ++n) sums[n] += more[n];
+      }
       for (int64_t n = 0; n < channels; ++n) {
-        T* to = work_.result(image / g_.groups, group * in_channels_ + start + n, 0);
+        T* to = work_.result(image / g_.groups, group * in_channels_ + start + n, slab_.in_first);
         for (size_t r = segment.first_run; r < segment.last_run; ++r) {
           write_run(frame_.runs[r], sums + n * frame_.width, to);
         }
@@ -387,11 +490,15 @@ class ByPosition {
   const int64_t in_channels_;
   const int64_t blocks_;
   const int64_t vectors_;
+  Slabs slabs_;
+  PositionSlab slab_ = {};  // at hand, and its frame
   Frame frame_;
   A* weight_ = nullptr;  // [group][block][k][c_out][c_in of the block]
   A* image_ = nullptr;   // [image of the stage][c_out][place]
   int64_t pitch_ = 0;    // from one channel of an image to the next
-  int64_t stage_ = 1;    // images that are held at a time
+  int64_t image_size_ = 0;
+  bool alone_ = false;
+  int64_t stage_ = 1;  // images that are held at a time
 };
 
 inline bool is_finite(float value) {
@@ -417,11 +524,7 @@ bool fits(const FuseConvLinearParams& params) {
   const TileSet<A>& tiles = simd_kernels(simd_level());
   const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
   if (weights * kSize > kMostWeightBytes) return false;
-  if (g.out_channels_per_group() * g.out_positions() * kSize > kStageBytes) return false;
   const Frame frame(g, ByPosition<T>::vectors_of(g, tiles) * tiles.lanes);
-  if (g.out_channels_per_group() * (frame.places() + frame.width) * kSize > kStageBytes) {
-    return false;
-  }
   return frame.filled(g) >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
 }
 
