@@ -213,9 +213,9 @@ struct Frame {
 // A range of input positions as a convolution of its own.
 struct PositionSlab {
   Geometry geometry;
-  int64_t in_first;   // input positions before it
-  Range outs[kAxes];  // that it reads
-  Range share[kAxes];  // output positions whose bias it answers for
+  int64_t in_first;   // positions before it
+  int64_t out_first;  // likewise, before those that it reads
+  Range share;        // output positions whose bias it answers for
 };
 
 PositionSlab make_position_slab(const Geometry& g, const Slabs& slabs, int64_t number) {
@@ -223,19 +223,61 @@ PositionSlab make_position_slab(const Geometry& g, const Slabs& slabs, int64_t n
   const Range in = detail::range_of_slab(g, slabs, number);
   std::vector<int64_t> reads;
   detail::list_reads(g, a, in, reads);
-  PositionSlab slab = {g, in.first * inner_in(g, slabs), {}, {}};
-  for (int each = 0; each < kAxes; ++each) {
-    slab.outs[each] = slab.share[each] = {0, g.axis[each].out};
-  }
-  slab.outs[a] = reads.empty() ? Range{0, 0} : Range{reads.front(), reads.back() + 1};
-  slab.share[a] = {number * g.axis[a].out / slabs.count, (number + 1) * g.axis[a].out / slabs.count};
+  const Range outs = reads.empty() ? Range{0, 0} : Range{reads.front(), reads.back() + 1};
+  const int64_t lines = g.axis[a].out;
+  PositionSlab slab = {};
+  slab.geometry = g;
+  slab.in_first = in.first * inner_in(g, slabs);
+  slab.out_first = outs.first * slabs.inner;
+  slab.share = {number * lines / slabs.count * slabs.inner,
+                (number + 1) * lines / slabs.count * slabs.inner};
   Axis& axis = slab.geometry.axis[a];
   axis.in = in.last - in.first;
-  axis.out = slab.outs[a].last - slab.outs[a].first;
+  axis.out = outs.last - outs.first;
   // What ties the first ones together.
-  axis.pad_low += g.transposed ? slab.outs[a].first - in.first * axis.stride
-                               : in.first - slab.outs[a].first * axis.stride;
+  axis.pad_low += g.transposed ? outs.first - in.first * axis.stride
+                               : in.first - outs.first * axis.stride;
   return slab;
+}
+
+struct ImagePlan {
+  int64_t vectors;  // of a tile
+  Slabs slabs;
+  int64_t pitch;  // from one channel of an image to the next
+  int64_t size;   // elements of an image
+};
+
+// Slabs as large as images may be; of one position where none is small enough.
+template <typename A>
+ImagePlan make_plan(const Geometry& g, const TileSet<A>& tiles) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+  // As many vectors as columns leave registers for, and no more than are filled.
+  const int64_t blocks = divide_up(g.in_channels_per_group(), tiles.most_channels);
+  const int64_t most_vectors = tiles.most_vectors(divide_up(g.in_channels_per_group(), blocks));
+  ImagePlan plan = {};
+  plan.vectors = std::min(most_vectors, divide_up(g.in_positions(), tiles.lanes));
+  const int64_t width = plan.vectors * tiles.lanes;
+  plan.slabs = one_slab(g);
+  if (plan.slabs.outer > 1) {
+    // What a slab reads shall be one piece.
+    plan.slabs = {0, 1, g.axis[1].out * g.axis[2].out, 1, 1, 0};
+  }
+  Slabs& slabs = plan.slabs;
+  for (;; slabs.length = divide_up(slabs.length, 2)) {
+    slabs.count = divide_up(g.axis[slabs.axis].in, slabs.length);
+    int64_t places = 0;
+    for (int64_t number = 0; number < slabs.count; ++number) {
+      const Frame frame(make_position_slab(g, slabs, number).geometry, width);
+      places = std::max(places, frame.places());
+    }
+    // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
+    plan.pitch = divide_up(places, kLine) * kLine;
+    if (plan.pitch % (16 * kLine) == 0) plan.pitch += kLine;
+    plan.size = (g.out_channels_per_group() + 1) * plan.pitch + divide_up(width, kLine) * kLine;
+    if (plan.size * static_cast<int64_t>(sizeof(A)) <= kStageBytes || slabs.length == 1) {
+      return plan;
+    }
+  }
 }
 
 template <typename T>
@@ -250,13 +292,8 @@ class ByPosition {
         out_channels_(g_.out_channels_per_group()),
         in_channels_(g_.in_channels_per_group()),
         blocks_(divide_up(in_channels_, work_.tiles.most_channels)),
-        vectors_(vectors_of(g_, work_.tiles)),
-        slabs_(one_slab(g_)) {
-    while (measure_slabs() > kStageBytes && slabs_.length > 1) {
-      slabs_.length = divide_up(slabs_.length, 2);
-      slabs_.count = divide_up(g_.axis[slabs_.axis].in, slabs_.length);
-    }
-    const int64_t image_bytes = image_size_ * int64_t{sizeof(A)};
+        plan_(make_plan<A>(g_, work_.tiles)) {
+    const int64_t image_bytes = plan_.size * int64_t{sizeof(A)};
     alone_ = image_bytes <= kOwnImageBytes && images() >= kLeastImages * params.threads;
     stage_ = alone_ ? params.threads
                     : std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
@@ -270,9 +307,9 @@ class ByPosition {
 
   void run() {
     pack_weight();
-    for (int64_t number = 0; number < slabs_.count; ++number) {
-      slab_ = make_position_slab(g_, slabs_, number);
-      frame_ = Frame(slab_.geometry, vectors_ * work_.tiles.lanes);
+    for (int64_t number = 0; number < plan_.slabs.count; ++number) {
+      slab_ = make_position_slab(g_, plan_.slabs, number);
+      frame_ = Frame(slab_.geometry, plan_.vectors * work_.tiles.lanes);
       frame_.list(slab_.geometry);
       alone_ ? run_alone() : run_together();
       for (int64_t n = 0; n < images() * out_channels_; ++n) {
@@ -282,31 +319,7 @@ class ByPosition {
     work_.write_bias();
   }
 
-  // Vectors of a tile: as many as its columns leave registers for, and no more than are filled.
-  static int64_t vectors_of(const Geometry& g, const TileSet<A>& tiles) {
-    const int64_t blocks = divide_up(g.in_channels_per_group(), tiles.most_channels);
-    const int64_t most = tiles.most_vectors(divide_up(g.in_channels_per_group(), blocks));
-    return std::min(most, divide_up(g.in_positions(), tiles.lanes));
-  }
-
  private:
-  // Bytes of the largest image; sets the pitch of its channels.
-  int64_t measure_slabs() {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
-    pitch_ = 0;
-    for (int64_t number = 0; number < slabs_.count; ++number) {
-      const Frame frame(make_position_slab(g_, slabs_, number).geometry, width());
-      pitch_ = std::max(pitch_, divide_up(frame.places(), kLine) * kLine);
-    }
-    // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
-    if (pitch_ % (16 * kLine) == 0) pitch_ += kLine;
-    image_size_ = (out_channels_ + 1) * pitch_ + width();
-    image_size_ = divide_up(image_size_, kLine) * kLine;
-    return image_size_ * static_cast<int64_t>(sizeof(A));
-  }
-
-  int64_t width() const { return vectors_ * work_.tiles.lanes; }
-
   int64_t images() const { return work_.params.features * g_.groups; }
   int64_t block_start(int64_t block) const { return block * in_channels_ / blocks_; }
   int64_t group_weights() const { return g_.kernel_positions() * out_channels_ * in_channels_; }
@@ -331,7 +344,7 @@ class ByPosition {
     const auto segments = static_cast<int64_t>(frame_.segments.size());
     work_.share(images(), group_weights() * g_.in_positions(), stage_,
                 [&](int64_t thread, int64_t image) {
-                  A* own = image_ + thread * image_size_;
+                  A* own = image_ + thread * plan_.size;
                   for (int64_t c = 0; c < out_channels_; ++c) make_channel(image, c, own);
                   multiply(image, own, {0, segments});
                 });
@@ -342,9 +355,9 @@ class ByPosition {
     const auto segments = static_cast<int64_t>(frame_.segments.size());
     for (int64_t first = 0; first < images(); first += stage_) {
       const int64_t count = std::min(stage_, images() - first);
-      for_each(work_.parallel_for, count * out_channels_, pitch_, [&](int64_t n) {
+      for_each(work_.parallel_for, count * out_channels_, plan_.pitch, [&](int64_t n) {
         const int64_t image = n / out_channels_;
-        make_channel(first + image, n % out_channels_, image_ + image * image_size_);
+        make_channel(first + image, n % out_channels_, image_ + image * plan_.size);
       });
       const int64_t threads = work_.params.threads;
       const int64_t strips = std::min(segments, divide_up(kUnitsPerThread * threads, count));
@@ -352,7 +365,7 @@ class ByPosition {
       work_.share(count * strips, cost, threads, [&](int64_t, int64_t unit) {
         const int64_t image = unit / strips;
         const int64_t strip = unit % strips;
-        multiply(first + image, image_ + image * image_size_,
+        multiply(first + image, image_ + image * plan_.size,
                  {strip * segments / strips, (strip + 1) * segments / strips});
       });
     }
@@ -364,34 +377,22 @@ class ByPosition {
     const int64_t c_out = image % g_.groups * out_channels_ + channel;
     const int64_t step = work_.params.linear_stride.position;
     double* sums = work_.start_part(image * out_channels_ + channel);
-    A* to = images + channel * pitch_;
+    A* to = images + channel * plan_.pitch;
     const bool is_last = channel == out_channels_ - 1;
-    const int64_t places = is_last ? image_size_ - channel * pitch_ : pitch_;
+    const int64_t places = is_last ? plan_.size - channel * plan_.pitch : plan_.pitch;
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(places) * sizeof(A));
-    for_each_line(slab_.outs, [&](int64_t o0, int64_t o1, int64_t o2, int64_t count) {
-      copy_line(work_.linear(f, c_out, place_of(o0, o1, o2)), step, o0 - slab_.outs[0].first,
-                o1 - slab_.outs[1].first, count, to);
-    });
-    if (sums == nullptr) return;
-    double total = 0;
-    for_each_line(slab_.share, [&](int64_t o0, int64_t o1, int64_t o2, int64_t count) {
-      total += sum_line(work_.linear(f, c_out, place_of(o0, o1, o2)), step, count);
-    });
-    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
-    *sums += total * static_cast<double>(static_cast<A>(conv_bias[c_out]));
-  }
-
-  int64_t place_of(int64_t o0, int64_t o1, int64_t o2) const {
-    return (o0 * g_.axis[1].out + o1) * g_.axis[2].out + o2;
-  }
-
-  template <typename Visitor>
-  static void for_each_line(const Range (&outs)[kAxes], const Visitor& visit) {
-    for (int64_t o0 = outs[0].first; o0 < outs[0].last; ++o0) {
-      for (int64_t o1 = outs[1].first; o1 < outs[1].last; ++o1) {
-        visit(o0, o1, outs[2].first, outs[2].last - outs[2].first);
+    const T* from = work_.linear(f, c_out, slab_.out_first);
+    for (int64_t o0 = 0; o0 < slab_.geometry.axis[0].out; ++o0) {
+      for (int64_t o1 = 0; o1 < slab_.geometry.axis[1].out; ++o1) {
+        copy_line(from, step, o0, o1, slab_.geometry.axis[2].out, to);
+        from += slab_.geometry.axis[2].out * step;
       }
     }
+    if (sums == nullptr) return;
+    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
+    const T* share = work_.linear(f, c_out, slab_.share.first);
+    *sums += sum_of(share, step, slab_.share.last - slab_.share.first) *
+             static_cast<double>(static_cast<A>(conv_bias[c_out]));
   }
 
   // `o0` and `o1` count within the slab.
@@ -399,20 +400,21 @@ class ByPosition {
                  A* image) const {
     const AxisFrame(&axis)[kAxes] = frame_.axis;
     const int64_t parts = axis[2].parts;
+    if (frame_.parts() == 1) {
+      A* to = image + frame_.place({}, {{o0, o1, 0}});
+      for (int64_t n = 0; n < count; ++n) to[n] = static_cast<A>(from[n * step]);
+      return;
+    }
     for (int64_t part = 0; part < std::min(parts, count); ++part) {
       A* to = image + frame_.place({{o0 % axis[0].parts, o1 % axis[1].parts, part}},
                                    {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
       const T* at = from + part * step;
       const int64_t some = divide_up(count - part, parts);
-      if (parts * step == 1) {
-        for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n]);
-      } else {
-        for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * parts * step]);
-      }
+      for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * parts * step]);
     }
   }
 
-  static double sum_line(const T* from, int64_t step, int64_t count) {
+  static double sum_of(const T* from, int64_t step, int64_t count) {
     constexpr int64_t kApart = 16;
     constexpr int64_t kAtATime = 16 * kApart;
     double total = 0;
@@ -445,7 +447,7 @@ class ByPosition {
     const Phase& phase = frame_.phases[segment.phase];
     TileTask<A> task = {};
     task.linear_start = phase.place.data();
-    task.linear_line = pitch_;
+    task.linear_line = plan_.pitch;
     task.kernel = phase.k.data();
     task.taps = static_cast<int64_t>(phase.k.size());
     const int64_t at_once =
@@ -457,10 +459,10 @@ class ByPosition {
       task.weight_step = out_channels_ * channels;
       // Few enough output channels at a time to stay in the first-level cache for all taps.
       for (int64_t c = 0; c < out_channels_; c += at_once) {
-        task.linear = from + c * pitch_ + segment.place;
+        task.linear = from + c * plan_.pitch + segment.place;
         task.weight = weight_of(group, block) + c * channels;
         task.channels = std::min(at_once, out_channels_ - c);
-        work_.tiles.tile[vectors_][channels](task, c == 0 ? sums : more);
+        work_.tiles.tile[plan_.vectors][channels](task, c == 0 ? sums : more);
         for (int64_t n = 0; c > 0 && n < channels * frame_.width; ++n) sums[n] += more[n];
       }
       for (int64_t n = 0; n < channels; ++n) {
@@ -489,14 +491,11 @@ class ByPosition {
   const int64_t out_channels_;  // of a group, like the next two
   const int64_t in_channels_;
   const int64_t blocks_;
-  const int64_t vectors_;
-  Slabs slabs_;
+  const ImagePlan plan_;
   PositionSlab slab_ = {};  // at hand, and its frame
   Frame frame_;
   A* weight_ = nullptr;  // [group][block][k][c_out][c_in of the block]
   A* image_ = nullptr;   // [image of the stage][c_out][place]
-  int64_t pitch_ = 0;    // from one channel of an image to the next
-  int64_t image_size_ = 0;
   bool alone_ = false;
   int64_t stage_ = 1;  // images that are held at a time
 };
@@ -524,7 +523,9 @@ bool fits(const FuseConvLinearParams& params) {
   const TileSet<A>& tiles = simd_kernels(simd_level());
   const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
   if (weights * kSize > kMostWeightBytes) return false;
-  const Frame frame(g, ByPosition<T>::vectors_of(g, tiles) * tiles.lanes);
+  const ImagePlan plan = make_plan<A>(g, tiles);
+  if (plan.size * kSize > kStageBytes) return false;
+  const Frame frame(g, plan.vectors * tiles.lanes);
   return frame.filled(g) >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
 }
 
