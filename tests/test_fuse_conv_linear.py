@@ -142,6 +142,24 @@ CUTS = {
     "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),
     "shared, halves of weights in batches": (3, (1000, 1000, 3, 3), (2, 3), {"padding": 1}),
     "sums longer than a register holds": (3, (9000, 20, 3), (3,), {"padding": 1}),
+    "by position": (3, (16, 24, 3, 3), (21, 19), {"padding": 1}),
+    "by position, strides": (
+        2, (8, 13, 3, 2), (17, 22), {"stride": (3, 2), "padding": 2, "dilation": 2},
+    ),
+    "by position, transposed": (
+        5, (9, 14, 4, 3), (11, 13), {"transposed": True, "stride": (3, 2), "padding": 1},
+    ),
+    "by position, groups": (9, (32, 2, 5), (90,), {"groups": 16, "padding": 3, "stride": 2}),
+    "by position, slabs": (2, (300, 2, 3), (20000,), {"padding": 1}),
+    "by position, slabs, transposed": (1, (4, 500, 3), (6000,), {"transposed": True, "stride": 2}),
+    "by position, three axes": (
+        4, (12, 6, 2, 3, 2), (7, 6, 9),
+        {"padding": (1, 0, 2), "stride": (1, 2, 1), "dilation": (2, 1, 1)},
+    ),
+    "by position, one line in, five out": (2, (8, 3, 1, 3, 3), (1, 9, 9), {"padding": (2, 1, 1)}),
+    "by position, an axis that nothing reads": (
+        8, (8, 4, 2, 2), (9, 3), {"padding": (2, 2, 2, 0), "stride": 2, "dilation": (2, 3)},
+    ),
 }  # fmt: skip
 
 
@@ -248,6 +266,21 @@ def test_what_is_not_finite_stays_where_it_belongs(dtype: torch.dtype, value: fl
             assert (spoiled.isnan() if value != torch.inf else spoiled == value).all()
             rows = torch.arange(19) == (place // clean[2].shape[1] if which == 2 else -1)
             assert torch.equal(bias.isfinite(), ~rows)
+
+
+@pytest.mark.parametrize("features", [1, 3, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_weight_meets_no_padding(dtype: torch.dtype, features: int) -> None:
+    case = BY_NAME["same3x3"]
+    conv_weight, conv_bias, linear_weight, linear_bias = operands(case, dtype, features)
+    conv_weight[0, 0, 0, 0] = torch.inf
+    matrix, _ = functional.conv_to_affine(
+        conv_weight, conv_bias, *case.arguments(), **case.keywords()
+    )
+    fused, _ = call(case, conv_weight, conv_bias, linear_weight, linear_bias)
+    reached = matrix.isinf().any(0)
+    assert reached.any() and not reached.all()
+    assert torch.equal(fused.isfinite(), ~reached.expand_as(fused))
 
 
 @pytest.mark.parametrize("case", CASES, ids=names)
@@ -503,8 +536,9 @@ def test_every_simd_level_equals_the_reference(level: str) -> None:
         f"assert _C.build_info()['simd'] == '{level}'\n"
         "for case in t.CASES:\n"
         "    for dtype in t.DTYPES:\n"
-        "        tensors = t.operands(case, dtype, features=37)\n"
-        "        t.assert_equals_the_reference(case, tensors, *t.call(case, *tensors))\n"
+        "        for features in (3, 37):\n"
+        "            tensors = t.operands(case, dtype, features)\n"
+        "            t.assert_equals_the_reference(case, tensors, *t.call(case, *tensors))\n"
         "for channels in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25):\n"
         "    t.test_any_number_of_channels(channels)\n"
     )

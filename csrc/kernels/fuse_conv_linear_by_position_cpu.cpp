@@ -13,15 +13,14 @@
 //   segment  neighbouring places of a phase, as many as a tile (tile.h) holds
 //   unit     neighbouring segments of an image: what a thread takes
 //
-// With zeros where a tap falls off the output, all places of a segment have all taps. The lines of a
-// phase follow one another with the gaps of the frame, and what is computed for a gap is dropped. A
-// transposed convolution has its phases in the image, as its output positions are the fine ones.
-#include "fuse_conv_linear_by_position.h"
-
+// With zeros where a tap falls off the output, all places of a segment have all taps. The lines of
+// a phase follow one another with the gaps of the frame, and what is computed for a gap is dropped.
+// A transposed convolution has its phases in the image, as its output positions are the fine ones.
 #include <cmath>
 #include <cstring>
 #include <numeric>
 
+#include "fuse_conv_linear_by_position.h"
 #include "fuse_conv_linear_engines.h"
 
 namespace linfuse {
@@ -130,10 +129,8 @@ struct Frame {
 
   // One part lies behind the other, and in each one line behind the other.
   int64_t place(const Position& part, const Position& within) const {
-    const int64_t number =
-        (part.at[0] * axis[1].parts + part.at[1]) * axis[2].parts + part.at[2];
-    const int64_t line =
-        (within.at[0] + axis[0].low) * axis[1].pitch + within.at[1] + axis[1].low;
+    const int64_t number = (part.at[0] * axis[1].parts + part.at[1]) * axis[2].parts + part.at[2];
+    const int64_t line = (within.at[0] + axis[0].low) * axis[1].pitch + within.at[1] + axis[1].low;
     return number * part_places() + line * axis[2].pitch + within.at[2] + axis[2].low;
   }
 
@@ -174,8 +171,7 @@ struct Frame {
     }
   }
 
-  void list_taps(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1,
-                 const AxisPhase& p2) {
+  void list_taps(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
     Phase phase;
     for (const AxisTap& t0 : p0.taps) {
       for (const AxisTap& t1 : p1.taps) {
@@ -235,8 +231,8 @@ PositionSlab make_position_slab(const Geometry& g, const Slabs& slabs, int64_t n
   axis.in = in.last - in.first;
   axis.out = outs.last - outs.first;
   // What ties the first ones together.
-  axis.pad_low += g.transposed ? outs.first - in.first * axis.stride
-                               : in.first - outs.first * axis.stride;
+  axis.pad_low +=
+      g.transposed ? outs.first - in.first * axis.stride : in.first - outs.first * axis.stride;
   return slab;
 }
 
@@ -295,8 +291,7 @@ class ByPosition {
         plan_(make_plan<A>(g_, work_.tiles)) {
     const int64_t image_bytes = plan_.size * int64_t{sizeof(A)};
     alone_ = image_bytes <= kOwnImageBytes && images() >= kLeastImages * params.threads;
-    stage_ = alone_ ? params.threads
-                    : std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
+    stage_ = alone_ ? params.threads : std::clamp<int64_t>(kStageBytes / image_bytes, 1, images());
     const int64_t weight_bytes =
         aligned(g_.groups * group_weights() * static_cast<int64_t>(sizeof(A)));
     weight_ = reinterpret_cast<A*>(allocate(weight_bytes + stage_ * image_bytes));
@@ -500,9 +495,7 @@ class ByPosition {
   int64_t stage_ = 1;  // images that are held at a time
 };
 
-inline bool is_finite(float value) {
-  return (detail::bits_of(value) & 0x7f800000) != 0x7f800000;
-}
+inline bool is_finite(float value) { return (detail::bits_of(value) & 0x7f800000) != 0x7f800000; }
 inline bool is_finite(double value) { return std::isfinite(value); }
 inline bool is_finite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
 inline bool is_finite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
