@@ -86,22 +86,31 @@ inline int64_t most_reads(const Geometry& g, int a, int64_t length) {
   return std::min(axis.out, most);
 }
 
+// Where all output positions lie that a range of input positions reads, unless padding repeats
+// some of them elsewhere.
+inline Range window_of_reads(const Geometry& g, int a, Range range) {
+  const Axis& axis = g.axis[a];
+  const int64_t reach = (axis.kernel - 1) * axis.dilation;
+  Range window;
+  if (g.transposed) {
+    window.first = range.first * axis.stride - axis.pad_low;
+    window.last = (range.last - 1) * axis.stride + reach - axis.pad_low + 1;
+  } else {
+    const int64_t low = range.first + axis.pad_low - reach;
+    window.first = low <= 0 ? 0 : divide_up(low, axis.stride);
+    window.last = (range.last - 1 + axis.pad_low) / axis.stride + 1;
+  }
+  window.first = std::clamp<int64_t>(window.first, 0, axis.out);
+  window.last = std::clamp(window.last, window.first, axis.out);
+  return window;
+}
+
 // The output positions that a range of input positions reads, ascending.
 inline void list_reads(const Geometry& g, int a, Range range, std::vector<int64_t>& reads) {
   const Axis& axis = g.axis[a];
   const bool repeats = g.padding_mode != PaddingMode::kZeros;
-  const int64_t reach = (axis.kernel - 1) * axis.dilation;
-  // Where they lie, if nothing is repeated.
-  Range window = {0, axis.out};
-  if (!repeats && g.transposed) {
-    window.first = std::max<int64_t>(0, range.first * axis.stride - axis.pad_low);
-    window.last = std::min(axis.out, (range.last - 1) * axis.stride + reach - axis.pad_low + 1);
-  } else if (!repeats) {
-    const int64_t low = range.first + axis.pad_low - reach;
-    window.first = low <= 0 ? 0 : divide_up(low, axis.stride);
-    window.last = std::min(axis.out, (range.last - 1 + axis.pad_low) / axis.stride + 1);
-  }
-  std::vector<char> is_read(static_cast<size_t>(std::max<int64_t>(0, window.last - window.first)));
+  const Range window = repeats ? Range{0, axis.out} : window_of_reads(g, a, range);
+  std::vector<char> is_read(static_cast<size_t>(window.last - window.first));
   const auto at = [&](int64_t o) { return is_read.begin() + (o - window.first); };
   for (int64_t k = 0; k < axis.kernel; ++k) {
     if (g.transposed) {
