@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -26,6 +27,7 @@ _BRIEF_ROUNDS = 3
 # Smaller blocks come from memory that an allocator has kept.
 _LEAST_TOUCHED_BYTES = 64_000_000
 _MOST_TOUCHED = 0.6  # of what is free
+_MUCH_BYTES = 8_000_000_000
 
 
 def prepare(device: str) -> None:
@@ -33,10 +35,17 @@ def prepare(device: str) -> None:
 
     On CUDA cuDNN may search for its best algorithm, and float32 means float32.
     """
-    if device != "cpu":
+    if device == "cpu":
+        _touch_much()
+    else:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@cache
+def _touch_much() -> None:
+    touch_pages(_MUCH_BYTES)
 
 
 def touch_pages(size: int) -> None:

@@ -46,6 +46,7 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
     """
     prepare(case.device)
     copies = _copies(case)
+    entrants = list(entrants)
     outcomes: dict[str, Outcome] = {}
     calls = {}
     memory = 0
@@ -64,6 +65,9 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
             calls[entrant] = call
         result = made = None
     if calls:
+        # Against torch.zeros, which has small pages, pages touched by torch.zeros would be unfair.
+        if FLOOR in entrants:
+            memory = 0
         outcomes.update(interleaved(calls, case.device, seconds, case.brief, memory))
     if case.device == "cuda":
         del copies, calls, call

@@ -26,7 +26,7 @@ constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kCacheBytes = int64_t{24} << 10;
 // Rows that fill their vectors themselves are better turned.
 constexpr int64_t kMostRows = 16;
-// Of the lanes, that hold a position: below it other ways win.
+// Of all products, that are of taps and positions that exist: below it other ways win.
 constexpr double kLeastFilled = 0.4;
 
 template <typename T>
@@ -273,7 +273,7 @@ bool fits(const FuseConvLinearParams& params) {
   const ImagePlan plan = make_image_plan<A>(g, tiles);
   if (plan.size * kSize > ImagePlan::kMostBytes) return false;
   const Frame frame(g, plan.vectors * tiles.lanes);
-  return frame.filled(g) >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
+  return frame.filled() >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ struct AxisTap {
 struct AxisPhase {
   int64_t first;  // input position
   int64_t count;
+  int64_t valid;  // taps of all its positions that do not fall off the output
   std::vector<AxisTap> taps;
 };
 
@@ -53,7 +54,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
   for (int64_t first = 0; first < std::min(frame.step, axis.in); ++first) {
-    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), {}};
+    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), 0, {}};
     for (int64_t k = 0; k < axis.kernel; ++k) {
       // What the first of the phase reads: an output position times the stride, or of it a part.
       const int64_t reach = g.transposed ? k * axis.dilation - axis.pad_low
@@ -65,6 +66,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       frame.low = std::max(frame.low, -steps);
       high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
+      phase.valid += std::min(phase.count, outs - steps) - std::max<int64_t>(0, -steps);
     }
     most_in = std::max(most_in, phase.count);
     frame.phases.push_back(std::move(phase));
@@ -122,13 +124,18 @@ struct Frame {
     return ((p0.count - 1) * axis[1].pitch + p1.count - 1) * axis[2].pitch + p2.count;
   }
 
-  // Lanes of all segments, over the positions that they hold.
-  double filled(const Geometry& g) const {
-    double lanes = 0;
+  // Which part of the products of all segments is of taps and positions that exist.
+  double filled() const {
+    double products = 0;
+    double valid = 0;
     for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
-      lanes += static_cast<double>(divide_up(span(p0, p1, p2), width) * width);
+      const size_t taps = p0.taps.size() * p1.taps.size() * p2.taps.size();
+      const int64_t lanes = divide_up(span(p0, p1, p2), width) * width;
+      products += static_cast<double>(taps) * static_cast<double>(lanes);
+      valid += static_cast<double>(p0.valid) * static_cast<double>(p1.valid) *
+               static_cast<double>(p2.valid);
     });
-    return static_cast<double>(g.in_positions()) / lanes;
+    return products > 0 ? valid / products : 0;
   }
 
   void list(const Geometry& g) {
