@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "fuse_conv_conv.h"
+#include "widen.h"
 
 namespace linfuse {
 namespace {
@@ -43,7 +44,7 @@ class Merger {
     }
     if constexpr (!std::is_same_v<T, double>) {
       T* weight = static_cast<T*>(params_.weight);
-      for_each_element(elements, [&](int64_t n) { weight[n] = round(merged_[n]); });
+      for_each(parallel_for_, elements, 1, [&](int64_t n) { weight[n] = round(merged_[n]); });
     }
     make_bias();
   }
@@ -56,24 +57,8 @@ class Merger {
     return static_cast<double*>(allocate_(count * static_cast<int64_t>(sizeof(double))));
   }
 
-  template <typename Visitor>
-  void for_each_element(int64_t count, const Visitor& visit) const {
-    parallel_for_(count, grain_for(1), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) visit(n);
-    });
-  }
-
   const double* widen(const void* values, int64_t count) const {
-    const T* from = static_cast<const T*>(values);
-    if constexpr (std::is_same_v<T, double>) {
-      return from;
-    } else {
-      double* to = take(count);
-      for_each_element(count, [&](int64_t n) {
-        to[n] = static_cast<double>(static_cast<Accumulate<T>>(from[n]));
-      });
-      return to;
-    }
+    return linfuse::widen<double>(static_cast<const T*>(values), count, parallel_for_, allocate_);
   }
 
   // The merged kernel as the input of a convolution with `kernel` whose output is `rest`.

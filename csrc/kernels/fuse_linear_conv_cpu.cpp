@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "fuse_linear_conv.h"
+#include "widen.h"
 
 namespace linfuse {
 namespace {
@@ -15,20 +16,6 @@ FuseConvLinearParams product_with_adjoint(const FuseLinearConvParams& params, in
   product.features = features;
   product.threads = params.threads;
   return product;
-}
-
-// As it is where T is Accumulate<T>, and else a copy.
-template <typename T>
-const Accumulate<T>* widen(const void* values, int64_t count, const Allocate& allocate) {
-  using A = Accumulate<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    return static_cast<const A*>(values);
-  } else {
-    const T* from = static_cast<const T*>(values);
-    A* to = static_cast<A*>(allocate(count * static_cast<int64_t>(sizeof(A))));
-    for (int64_t n = 0; n < count; ++n) to[n] = static_cast<A>(from[n]);
-    return to;
-  }
 }
 
 // The bias of the Linear is an image as well. What it becomes is rounded once, with conv_bias.
@@ -49,8 +36,10 @@ void make_bias(const FuseLinearConvParams& params, const ParallelFor& parallel_f
     }
     FuseConvLinearParams product = product_with_adjoint(params, 1);
     product.dtype = kDType<A>;
-    product.conv_weight = widen<T>(params.conv_weight, elements, allocate);
-    product.linear_weight = widen<T>(params.linear_bias, g.cols(), allocate);
+    product.conv_weight =
+        widen<A>(static_cast<const T*>(params.conv_weight), elements, parallel_for, allocate);
+    product.linear_weight =
+        widen<A>(static_cast<const T*>(params.linear_bias), g.cols(), parallel_for, allocate);
     product.linear_stride =
         ImageStrides::of_matrix(0, 1, g.in_channels_per_group(), g.in_positions());
     product.weight = made;

@@ -60,6 +60,14 @@ Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+std::optional<Tensor> checked_vector(const char* op, const char* name,
+                                     const std::optional<Tensor>& vector, const char* like_name,
+                                     const Tensor& like, int64_t size) {
+  if (!vector.has_value()) return std::nullopt;
+  check_like(op, name, *vector, like_name, like, {size});
+  return as_contiguous(*vector);
+}
+
 Tensor allocate(const char* op, const Tensor& like, const IntList& size,
                 std::optional<ScalarType> dtype) {
   IntList stride(size.size(), 1);

@@ -43,6 +43,11 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
 // The tensor itself where it is contiguous, and else a copy.
 Tensor as_contiguous(const Tensor& tensor);
 
+// A vector that may be left out: rejected as by check_like, and contiguous.
+std::optional<Tensor> checked_vector(const char* op, const char* name,
+                                     const std::optional<Tensor>& vector, const char* like_name,
+                                     const Tensor& like, int64_t size);
+
 // Fresh, contiguous and uninitialised, on the device of `like` and of its dtype unless one is
 // given. Straight from the allocator: torch::stable::new_empty looks its op up by name, which for a
 // small layer takes longer than the kernel; so does torch::stable::contiguous.

@@ -79,15 +79,10 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
   }
   check_like(kOp, "second_weight", second_weight, "first_weight", first_weight,
              size_of(second_weight));
-  if (first_bias.has_value()) {
-    check_like(kOp, "first_bias", *first_bias, "first_weight", first_weight, {params.mid_channels});
-    first_bias = as_contiguous(*first_bias);
-  }
-  if (second_bias.has_value()) {
-    check_like(kOp, "second_bias", *second_bias, "first_weight", first_weight,
-               {params.out_channels});
-    second_bias = as_contiguous(*second_bias);
-  }
+  first_bias = checked_vector(kOp, "first_bias", first_bias, "first_weight", first_weight,
+                              params.mid_channels);
+  second_bias = checked_vector(kOp, "second_bias", second_bias, "first_weight", first_weight,
+                               params.out_channels);
   const IntList kernel = read_kernels(first_weight, second_weight, first_stride, first_dilation,
                                       second_dilation, params);
   IntList size = {params.out_channels, params.in_channels / std::gcd(first_groups, second_groups)};

@@ -29,14 +29,10 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
              {params.features, geometry.rows()});
   const detail::Checked checked(kOp);
   checked.multiply(params.features, checked.multiply(geometry.cols(), 8));
-  if (conv_bias.has_value()) {
-    check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
-    conv_bias = as_contiguous(*conv_bias);
-  }
-  if (linear_bias.has_value()) {
-    check_like(kOp, "linear_bias", *linear_bias, "conv_weight", conv_weight, {params.features});
-    linear_bias = as_contiguous(*linear_bias);
-  }
+  conv_bias = checked_vector(kOp, "conv_bias", conv_bias, "conv_weight", conv_weight,
+                             geometry.out_channels);
+  linear_bias =
+      checked_vector(kOp, "linear_bias", linear_bias, "conv_weight", conv_weight, params.features);
 
   if (goes_by_torch(conv_weight.is_cuda())) {
     return call_op("linfuse::fuse_conv_linear_by_torch", conv_weight, conv_bias, linear_weight,

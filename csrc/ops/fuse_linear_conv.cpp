@@ -29,14 +29,10 @@ std::tuple<Tensor, Tensor> fuse_linear_conv(Tensor linear_weight, std::optional<
              {geometry.cols(), params.features});
   const detail::Checked checked(kOp);
   checked.multiply(params.features, checked.multiply(geometry.rows(), 8));
-  if (linear_bias.has_value()) {
-    check_like(kOp, "linear_bias", *linear_bias, "conv_weight", conv_weight, {geometry.cols()});
-    linear_bias = as_contiguous(*linear_bias);
-  }
-  if (conv_bias.has_value()) {
-    check_like(kOp, "conv_bias", *conv_bias, "conv_weight", conv_weight, {geometry.out_channels});
-    conv_bias = as_contiguous(*conv_bias);
-  }
+  linear_bias =
+      checked_vector(kOp, "linear_bias", linear_bias, "conv_weight", conv_weight, geometry.cols());
+  conv_bias = checked_vector(kOp, "conv_bias", conv_bias, "conv_weight", conv_weight,
+                             geometry.out_channels);
 
   if (goes_by_torch(false)) {
     return call_op("linfuse::fuse_linear_conv_by_torch", linear_weight, linear_bias, conv_weight,
