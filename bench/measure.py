@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import cache
 
 import torch
 
@@ -22,30 +21,25 @@ _MIN_SAMPLE_SECONDS = 4e-3
 _MAX_ROUNDS = 40
 # The longer a call, the less it is disturbed, and the fewer rounds are enough: seconds, rounds.
 _LEAST_ROUNDS = ((0.3, 7), (1.5, 3), (float("inf"), 2))
+# Where fresh pages may be of either price, the median must not be of the dear ones.
+_LEAST_ROUNDS_OF_LARGE = ((1.0, 11), (3.0, 7), (float("inf"), 3))
 _BRIEF_ROUNDS = 3
 
 # Smaller blocks come from memory that an allocator has kept.
-_LEAST_TOUCHED_BYTES = 64_000_000
+_LARGE_BYTES = 64_000_000
+_TOUCHED = 4  # times what a call takes
 _MOST_TOUCHED = 0.6  # of what is free
-_MUCH_BYTES = 8_000_000_000
 
 
 def prepare(device: str) -> None:
-    """Puts torch and the machine into the state that every row is measured in.
+    """Puts torch into the state that every row is measured in.
 
     On CUDA cuDNN may search for its best algorithm, and float32 means float32.
     """
-    if device == "cpu":
-        _touch_much()
-    else:
+    if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-
-
-@cache
-def _touch_much() -> None:
-    touch_pages(_MUCH_BYTES)
 
 
 def touch_pages(size: int) -> None:
@@ -53,7 +47,7 @@ def touch_pages(size: int) -> None:
 
     The host of a virtual machine finds memory for it at the first touch, several times slower
     than the machine's own kernel hands out pages later, and may take it back seconds after it was
-    freed. Without this, whoever comes first, or after a long call, would pay for that.
+    freed. Without this, the first rounds of a group would all be spent on that.
     """
     with suppress(ValueError, OSError, AttributeError):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -82,9 +76,10 @@ def _seconds_cuda(call: Call, iterations: int) -> float:
     return start.elapsed_time(end) * 1e-3 / iterations
 
 
-def _rounds(sample: float, once: float, share: float, brief: bool) -> int:
+def _rounds(sample: float, once: float, share: float, brief: bool, large: bool) -> int:
     """How many rounds somebody takes part in, whose samples last that long."""
-    least = next(rounds for limit, rounds in _LEAST_ROUNDS if once < limit)
+    table = _LEAST_ROUNDS_OF_LARGE if large else _LEAST_ROUNDS
+    least = next(rounds for limit, rounds in table if once < limit)
     if brief:
         return min(least, _BRIEF_ROUNDS)
     return min(max(int(share / sample), least), _MAX_ROUNDS)
@@ -103,22 +98,20 @@ def interleaved(
         calls: What to measure, by name; each has been called once already.
         device: "cpu" (wall clock) or "cuda" (events on the current stream).
         seconds: About how long to measure all of them together. Someone whose share of that
-            is used up sits out the later rounds, after seven (fewer if a call is long).
+            is used up sits out the later rounds, after seven (fewer if a call is long, more if
+            it takes much memory).
         brief: Those for whom three rounds are enough.
-        memory: About how many bytes a call takes. On a CPU, where that is much, as many are touched
-            before each sample.
+        memory: About how many bytes a call takes. On a CPU, where that is much, several times
+            as many are touched beforehand.
 
     Returns:
         Seconds per call, one per round, by name.
     """
 
-    def clock(call: Call, iterations: int) -> float:
-        if device == "cuda":
-            return _seconds_cuda(call, iterations)
-        if memory >= _LEAST_TOUCHED_BYTES:
-            touch_pages(memory)
-        return _seconds_cpu(call, iterations)
-
+    clock = _seconds_cuda if device == "cuda" else _seconds_cpu
+    large = device == "cpu" and memory >= _LARGE_BYTES
+    if large:
+        touch_pages(_TOUCHED * memory)
     share = seconds / max(1, len(set(calls) - set(brief)))
     samples: dict[str, list[float]] = {}
     iterations, rounds = {}, {}
@@ -129,7 +122,7 @@ def interleaved(
             once = clock(call, 1)
             iterations[name] = max(1, int(_MIN_SAMPLE_SECONDS / once))
             sample = once * iterations[name]
-            rounds[name] = _rounds(sample, once, share, name in brief)
+            rounds[name] = _rounds(sample, once, share, name in brief, large)
             # a single long call is as good a sample as any later one
             samples[name] = [once] if iterations[name] == 1 else []
         names = list(calls)

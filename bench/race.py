@@ -55,7 +55,7 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
         try:
             result = call()
             made = result if isinstance(result, tuple) else (result,)
-            memory = max(memory, 2 * _bytes((*copies[0], *made)))
+            memory = max(memory, _bytes((*copies[0], *made)))
             if entrant != FLOOR:  # which computes nothing
                 case.check(result, copies[0])
         except (AssertionError, ImportError, RuntimeError) as error:
@@ -65,9 +65,6 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
             calls[entrant] = call
         result = made = None
     if calls:
-        # Against torch.zeros, which has small pages, pages touched by torch.zeros would be unfair.
-        if FLOOR in entrants:
-            memory = 0
         outcomes.update(interleaved(calls, case.device, seconds, case.brief, memory))
     if case.device == "cuda":
         del copies, calls, call
