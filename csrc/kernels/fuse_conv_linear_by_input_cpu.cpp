@@ -24,8 +24,10 @@ constexpr int64_t kSegmentTaps = int64_t{1} << 16;
 // lines of memory.
 constexpr int64_t kSegmentStep = 32;
 constexpr int64_t kUnitsPerThread = 8;
-// Elements of a row that make a task of packing.
+// Elements of a row that make a task of packing: fewer where there would be few tasks.
 constexpr int64_t kPackTask = 4096;
+constexpr int64_t kLeastPackTask = 512;
+constexpr int64_t kPackTasks = 8;
 
 template <typename T, typename Engine>
 class ByInput {
@@ -63,8 +65,10 @@ class ByInput {
           reinterpret_cast<A*>(panels_ + panels_bytes + n * piece_bytes_);
       workers_[static_cast<size_t>(n)].first_tap.resize(static_cast<size_t>(segment_ + 1));
     }
+    const int64_t line = std::max<int64_t>(1, panel_positions());
+    const int64_t share = plan_.stage * plan_.job_groups * plan_.lines * line / kPackTasks;
     task_lines_ =
-        std::min(plan_.lines, divide_up(kPackTask, std::max<int64_t>(1, panel_positions())));
+        std::min(plan_.lines, divide_up(std::clamp(share, kLeastPackTask, kPackTask), line));
     group_tasks_ = divide_up(plan_.lines, task_lines_);
     work_.make_parts(
         plan_.alone ? plan_.stretches * plan_.jobs_per_slab() : plan_.stage * job_tasks(),

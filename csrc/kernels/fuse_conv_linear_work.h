@@ -43,7 +43,10 @@ struct Panels {
       : features(features),
         lanes(lanes),
         vectors(divide_up(features, lanes)),
-        count(divide_up(vectors, most_vectors)) {}
+        count(divide_up(vectors, most_vectors)) {
+    // Two threads, or four, do four panels sooner.
+    if (count == 3 && vectors > 3) ++count;
+  }
 
   int64_t width(int64_t some) const {
     return lanes > 1 ? some * lanes
@@ -55,6 +58,11 @@ struct Panels {
     const int64_t some = (panel + 1) * vectors / count - first;
     return {first * lanes, std::min(some * lanes, features - first * lanes), some, width(some)};
   }
+};
+
+// Alone in its line of memory.
+struct alignas(64) Counter {
+  std::atomic<int64_t> taken{0};
 };
 
 template <typename T>
@@ -84,14 +92,23 @@ class Work {
   const TileSet<A>& tiles;
   const TurnSet<T>& turns;
 
-  // Calls visit(thread, item) for every item, on as many threads as that much work deserves.
+  // Calls visit(thread, item) for every item, on as many threads as that much work deserves. Each
+  // begins with a range of its own, the same that parallel_for would give it, as what it has
+  // packed and read before is in its cache; then it helps the others.
   template <typename Visitor>
   void share(int64_t items, int64_t work, int64_t threads, const Visitor& visit) const {
     const int64_t wanted = std::min(threads, divide_up(items, grain_for(work)));
-    std::atomic<int64_t> next{0};
+    if (wanted <= 0) return;
+    const int64_t range = divide_up(items, wanted);
+    std::vector<Counter> next(static_cast<size_t>(wanted));
     parallel_for(wanted, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        for (int64_t item = next++; item < items; item = next++) visit(n, item);
+        for (int64_t owner = n; owner < n + wanted; ++owner) {
+          const int64_t first = owner % wanted * range;
+          const int64_t last = std::min(items, first + range);
+          std::atomic<int64_t>& taken = next[static_cast<size_t>(owner % wanted)].taken;
+          for (int64_t item = first + taken++; item < last; item = first + taken++) visit(n, item);
+        }
       }
       turns.finish();
     });
