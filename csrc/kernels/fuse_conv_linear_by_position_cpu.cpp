@@ -1,14 +1,18 @@
 // fused[f, (c_in, i)] = sum over the taps (o, k) of i and over c_out of
 //                       linear[f, (c_out, o)] * weight[c_out, c_in, k]
 //
-// For few rows f, which would leave most lanes of a vector empty: here neighbouring input positions
-// fill it. A row of the Linear is a set of images, which need not be turned, only framed.
+// Here neighbouring input positions fill a vector: for few rows f, which would leave most of its
+// lanes empty, and where an element of the Linear meets few kernel elements, as turning it would
+// cost as much. A row of the Linear is a set of images, which need not be turned, only framed;
+// those of a kernel of one element not even that.
 //
 //   unit     neighbouring segments of an image: what a thread takes
 //
 // image_frame.h has the other words.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "fuse_conv_linear_by_position.h"
 #include "fuse_conv_linear_engines.h"
@@ -24,10 +28,37 @@ constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kUnitsPerThread = 8;
 // About half of a core's first-level cache.
 constexpr int64_t kCacheBytes = int64_t{24} << 10;
-// Rows that fill their vectors themselves are better turned.
+// Rows that are few: more could fill vectors themselves.
 constexpr int64_t kMostRows = 16;
-// Of all products, that are of taps and positions that exist: below it other ways win.
+// Of all products, that are of taps and positions that exist, for few rows and for many.
 constexpr double kLeastFilled = 0.4;
+constexpr double kLeastFilledOfMany = 0.76;
+// Products that turning an element costs, beside framing it or reading it in place.
+constexpr double kMostInVain = 4;
+constexpr double kMostInVainInPlace = 8;
+// Fewer are lost in what framing an image costs.
+constexpr int64_t kLeastPositions = 100;
+// Bytes from channel to channel that leave too few sets of a cache to a segment.
+constexpr int64_t kCrowded = 1024;
+
+// Whether input and output positions are the same, and each is tied to itself alone.
+bool is_pointwise(const Geometry& g) {
+  return std::all_of(g.axis, g.axis + kAxes, [](const Axis& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.pad_low == 0 && axis.in == axis.out;
+  });
+}
+
+// Whether images may be read where the Linear has them.
+template <typename T>
+bool reads_in_place(const FuseConvLinearParams& params) {
+  const Geometry& g = params.geometry;
+  const ImageStrides& strides = params.linear_stride;
+  const TileSet<Accumulate<T>>& tiles = simd_kernels(simd_level());
+  const bool is_read_once = g.in_channels_per_group() <= tiles.most_channels;
+  return std::is_same_v<T, Accumulate<T>> && is_pointwise(g) && strides.position == 1 &&
+         strides.row == g.rows() &&
+         (is_read_once || strides.channel * static_cast<int64_t>(sizeof(T)) % kCrowded != 0);
+}
 
 template <typename T>
 class ByPosition {
@@ -41,7 +72,8 @@ class ByPosition {
         out_channels_(g_.out_channels_per_group()),
         in_channels_(g_.in_channels_per_group()),
         blocks_(divide_up(in_channels_, work_.tiles.most_channels)),
-        plan_(make_image_plan<A>(g_, work_.tiles)) {
+        plan_(make_image_plan<A>(g_, work_.tiles)),
+        in_place_(reads_in_place<T>(params)) {
     const int64_t image_bytes = plan_.size * int64_t{sizeof(A)};
     alone_ = image_bytes <= kOwnImageBytes && images() >= kLeastImages * params.threads;
     stage_ = alone_ ? std::min<int64_t>(params.threads, kMostScratchBytes / image_bytes)
@@ -58,7 +90,7 @@ class ByPosition {
     pack_weight();
     for (int64_t number = 0; number < plan_.slabs.count; ++number) {
       slab_ = make_position_slab(g_, plan_.slabs, number);
-      frame_ = Frame(slab_.geometry, plan_.vectors * work_.tiles.lanes);
+      frame_ = Frame(slab_.geometry, work_.tiles.lanes, plan_.vectors);
       frame_.list(slab_.geometry);
       alone_ ? run_alone() : run_together();
       for (int64_t n = 0; n < images() * out_channels_; ++n) {
@@ -93,9 +125,9 @@ class ByPosition {
     const auto segments = static_cast<int64_t>(frame_.segments.size());
     work_.share(images(), group_weights() * g_.in_positions(), stage_,
                 [&](int64_t thread, int64_t image) {
-                  A* own = image_ + thread * plan_.size;
-                  for (int64_t c = 0; c < out_channels_; ++c) make_channel(image, c, own);
-                  multiply(image, own, {0, segments});
+                  const Image read = image_of(image, image_ + thread * plan_.size);
+                  for (int64_t c = 0; c < out_channels_; ++c) make_channel(image, c, read);
+                  multiply(image, read, {0, segments});
                 });
   }
 
@@ -106,7 +138,8 @@ class ByPosition {
       const int64_t count = std::min(stage_, images() - first);
       for_each(work_.parallel_for, count * out_channels_, plan_.pitch, [&](int64_t n) {
         const int64_t image = n / out_channels_;
-        make_channel(first + image, n % out_channels_, image_ + image * plan_.size);
+        make_channel(first + image, n % out_channels_,
+                     image_of(first + image, image_ + image * plan_.size));
       });
       const int64_t threads = work_.params.threads;
       const int64_t strips = std::min(segments, divide_up(kUnitsPerThread * threads, count));
@@ -114,34 +147,59 @@ class ByPosition {
       work_.share(count * strips, cost, threads, [&](int64_t, int64_t unit) {
         const int64_t image = unit / strips;
         const int64_t strip = unit % strips;
-        multiply(first + image, image_ + image * plan_.size,
+        multiply(first + image, image_of(first + image, image_ + image * plan_.size),
                  {strip * segments / strips, (strip + 1) * segments / strips});
       });
     }
   }
 
-  // Copies an output channel of a group into its frame, and adds up what conv_bias gives.
-  void make_channel(int64_t image, int64_t channel, A* images) {
+  // What an image is read from, and how far apart its channels are there: `copy`, or the Linear.
+  struct Image {
+    const A* from;
+    int64_t pitch;
+    A* copy;  // null if there is none
+  };
+
+  Image image_of(int64_t image, A* copy) const {
+    if constexpr (std::is_same_v<T, A>) {
+      const int64_t pitch = work_.params.linear_stride.channel;
+      const int64_t c_out = image % g_.groups * out_channels_;
+      const A* from = work_.linear(image / g_.groups, c_out, slab_.out_first);
+      // A segment may reach beyond the image's end, but not beyond the Linear's.
+      const int64_t end = from - work_.linear(0, 0, 0) + (out_channels_ - 1) * pitch +
+                          frame_.places() + frame_.width;
+      if (in_place_ && end <= work_.params.features * g_.rows()) return {from, pitch, nullptr};
+    }
+    return {copy, plan_.pitch, copy};
+  }
+
+  // Copies an output channel of a group into its frame, if it is not read in place, and adds up
+  // what conv_bias gives.
+  void make_channel(int64_t image, int64_t channel, const Image& read) {
     const int64_t f = image / g_.groups;
     const int64_t c_out = image % g_.groups * out_channels_ + channel;
     const int64_t step = work_.params.linear_stride.position;
     double* sums = work_.start_part(image * out_channels_ + channel);
-    A* to = images + channel * plan_.pitch;
+    if (read.copy != nullptr) copy_channel(work_.linear(f, c_out, slab_.out_first), channel, read);
+    if (sums == nullptr) return;
+    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
+    const T* share = work_.linear(f, c_out, slab_.share.first);
+    *sums += sum_of(share, step, slab_.share.last - slab_.share.first) *
+             static_cast<double>(static_cast<A>(conv_bias[c_out]));
+  }
+
+  void copy_channel(const T* from, int64_t channel, const Image& image) const {
+    const int64_t step = work_.params.linear_stride.position;
+    A* to = image.copy + channel * image.pitch;
     const bool is_last = channel == out_channels_ - 1;
-    const int64_t places = is_last ? plan_.size - channel * plan_.pitch : plan_.pitch;
+    const int64_t places = is_last ? plan_.size - channel * image.pitch : image.pitch;
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(places) * sizeof(A));
-    const T* from = work_.linear(f, c_out, slab_.out_first);
     for (int64_t o0 = 0; o0 < slab_.geometry.axis[0].out; ++o0) {
       for (int64_t o1 = 0; o1 < slab_.geometry.axis[1].out; ++o1) {
         copy_line(from, step, o0, o1, slab_.geometry.axis[2].out, to);
         from += slab_.geometry.axis[2].out * step;
       }
     }
-    if (sums == nullptr) return;
-    const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
-    const T* share = work_.linear(f, c_out, slab_.share.first);
-    *sums += sum_of(share, step, slab_.share.last - slab_.share.first) *
-             static_cast<double>(static_cast<A>(conv_bias[c_out]));
   }
 
   // `o0` and `o1` count within the slab.
@@ -182,13 +240,13 @@ class ByPosition {
     return total;
   }
 
-  void multiply(int64_t image, const A* from, Range segments) const {
+  void multiply(int64_t image, const Image& read, Range segments) const {
     for (int64_t n = segments.first; n < segments.last; ++n) {
-      multiply_segment(image, from, frame_.segments[static_cast<size_t>(n)]);
+      multiply_segment(image, read, frame_.segments[static_cast<size_t>(n)]);
     }
   }
 
-  void multiply_segment(int64_t image, const A* from, const Segment& segment) const {
+  void multiply_segment(int64_t image, const Image& read, const Segment& segment) const {
     constexpr int kMost = TileSet<A>::kMostVectors * TileSet<A>::kMostChannels;
     alignas(64) A sums[kMost * TileSet<A>::kMostLanes];
     alignas(64) A more[kMost * TileSet<A>::kMostLanes];
@@ -196,11 +254,14 @@ class ByPosition {
     const Phase& phase = frame_.phases[segment.phase];
     TileTask<A> task = {};
     task.linear_start = phase.place.data();
-    task.linear_line = plan_.pitch;
+    task.linear_line = read.pitch;
+    const int64_t width = segment.vectors * frame_.lanes;
     task.kernel = phase.k.data();
     task.taps = static_cast<int64_t>(phase.k.size());
     const int64_t at_once =
-        std::max<int64_t>(1, kCacheBytes / (frame_.width * static_cast<int64_t>(sizeof(A))));
+        task.taps == 1
+            ? out_channels_
+            : std::max<int64_t>(1, kCacheBytes / (width * static_cast<int64_t>(sizeof(A))));
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t start = block_start(block);
       const int64_t channels = block_start(block + 1) - start;
@@ -208,16 +269,16 @@ class ByPosition {
       task.weight_step = out_channels_ * channels;
       // Few enough output channels at a time to stay in the first-level cache for all taps.
       for (int64_t c = 0; c < out_channels_; c += at_once) {
-        task.linear = from + c * plan_.pitch + segment.place;
+        task.linear = read.from + c * read.pitch + segment.place;
         task.weight = weight_of(group, block) + c * channels;
         task.channels = std::min(at_once, out_channels_ - c);
-        work_.tiles.tile[plan_.vectors][channels](task, c == 0 ? sums : more);
-        for (int64_t n = 0; c > 0 && n < channels * frame_.width; ++n) sums[n] += more[n];
+        work_.tiles.tile[segment.vectors][channels](task, c == 0 ? sums : more);
+        for (int64_t n = 0; c > 0 && n < channels * width; ++n) sums[n] += more[n];
       }
       for (int64_t n = 0; n < channels; ++n) {
         T* to = work_.result(image / g_.groups, group * in_channels_ + start + n, slab_.in_first);
         for (size_t r = segment.first_run; r < segment.last_run; ++r) {
-          write_run(frame_.runs[r], sums + n * frame_.width, to);
+          write_run(frame_.runs[r], sums + n * width, to);
         }
       }
     }
@@ -229,7 +290,7 @@ class ByPosition {
     T* at = to + run.position * position;
     const A* from = sums + run.lane;
     if (step == 1) {
-      for (int64_t n = 0; n < run.count; ++n) at[n] = static_cast<T>(from[n]);
+      std::transform(from, from + run.count, at, [](A sum) { return static_cast<T>(sum); });
     } else {
       for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
     }
@@ -241,6 +302,7 @@ class ByPosition {
   const int64_t in_channels_;
   const int64_t blocks_;
   const ImagePlan plan_;
+  const bool in_place_;
   PositionSlab slab_ = {};  // at hand, and its frame
   Frame frame_;
   A* weight_ = nullptr;  // [group][block][k][c_out][c_in of the block]
@@ -262,6 +324,21 @@ bool all_finite(const void* values, int64_t count) {
   return finite;
 }
 
+// Rows that do not fill a vector have no better way, but for very many products in vain. Those that
+// do are turned for it, which costs as much as some products of each element.
+bool wins(const Geometry& g, const Frame& frame, int64_t features, bool in_place) {
+  const Products products = frame.products();
+  if (features <= kMostRows) return products.valid >= kLeastFilled * products.all;
+  if (!frame.is_dense() || (!in_place && g.in_positions() < kLeastPositions)) return false;
+  const int64_t turned = divide_up(features, frame.lanes) * frame.lanes;
+  const double in_vain =
+      products.all - products.valid * static_cast<double>(turned) / static_cast<double>(features);
+  const auto pairs = static_cast<double>(g.out_channels * g.in_channels_per_group());
+  const double most_in_vain = in_place ? kMostInVainInPlace : kMostInVain;
+  return products.valid >= kLeastFilledOfMany * products.all &&
+         pairs * in_vain <= most_in_vain * static_cast<double>(g.rows() + g.cols());
+}
+
 template <typename T>
 bool fits(const FuseConvLinearParams& params) {
   using A = Accumulate<T>;
@@ -272,17 +349,15 @@ bool fits(const FuseConvLinearParams& params) {
   if (weights * kSize > kMostWeightBytes) return false;
   const ImagePlan plan = make_image_plan<A>(g, tiles);
   if (plan.size * kSize > ImagePlan::kMostBytes) return false;
-  const Frame frame(g, plan.vectors * tiles.lanes);
-  return frame.filled() >= kLeastFilled && all_finite<T>(params.conv_weight, weights);
+  const Frame frame(g, tiles.lanes, plan.vectors);
+  return wins(g, frame, params.features, reads_in_place<T>(params)) &&
+         all_finite<T>(params.conv_weight, weights);
 }
 
 }  // namespace
 
 bool fits_by_position(const FuseConvLinearParams& params) {
-  if (params.features > kMostRows || params.geometry.taps_may_collide() ||
-      fits_matrix_tiles(params)) {
-    return false;
-  }
+  if (params.geometry.taps_may_collide() || fits_matrix_tiles(params)) return false;
   return dispatch(params.dtype, [&](auto zero) { return fits<decltype(zero)>(params); });
 }
 

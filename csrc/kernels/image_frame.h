@@ -85,7 +85,8 @@ struct RunOfPlaces {
 
 struct Segment {
   size_t phase;
-  int64_t place;  // from the phase's first
+  int64_t place;    // from the phase's first
+  int64_t vectors;  // of places
   size_t first_run;
   size_t last_run;
 };
@@ -96,15 +97,21 @@ struct Phase {
   std::vector<int64_t> k;
 };
 
+struct Products {
+  double all;
+  double valid;
+};
+
 struct Frame {
   AxisFrame axis[kAxes] = {};
-  int64_t width = 0;  // lanes of a segment
+  int64_t lanes = 0;  // of a vector
+  int64_t width = 0;  // of a segment, but for the last of a phase
   std::vector<Phase> phases;
   std::vector<Segment> segments;
   std::vector<RunOfPlaces> runs;
 
   Frame() = default;
-  Frame(const Geometry& g, int64_t width) : width(width) {
+  Frame(const Geometry& g, int64_t lanes, int64_t vectors) : lanes(lanes), width(vectors * lanes) {
     for (int a = 0; a < kAxes; ++a) axis[a] = make_frame(g, a);
   }
 
@@ -124,19 +131,22 @@ struct Frame {
     return ((p0.count - 1) * axis[1].pitch + p1.count - 1) * axis[2].pitch + p2.count;
   }
 
-  // Which part of the products of all segments is of taps and positions that exist.
-  double filled() const {
-    double products = 0;
-    double valid = 0;
+  // Products of all segments for an output and an input channel, and those of them that are of taps
+  // and positions that exist.
+  Products products() const {
+    Products products = {};
     for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
       const size_t taps = p0.taps.size() * p1.taps.size() * p2.taps.size();
-      const int64_t lanes = divide_up(span(p0, p1, p2), width) * width;
-      products += static_cast<double>(taps) * static_cast<double>(lanes);
-      valid += static_cast<double>(p0.valid) * static_cast<double>(p1.valid) *
-               static_cast<double>(p2.valid);
+      const int64_t places = divide_up(span(p0, p1, p2), lanes) * lanes;
+      products.all += static_cast<double>(taps) * static_cast<double>(places);
+      products.valid += static_cast<double>(p0.valid) * static_cast<double>(p1.valid) *
+                        static_cast<double>(p2.valid);
     });
-    return products > 0 ? valid / products : 0;
+    return products;
   }
+
+  // Whether neighbours in a segment are neighbours in memory on either side.
+  bool is_dense() const { return parts() == 1 && axis[2].step == 1; }
 
   void list(const Geometry& g) {
     for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
@@ -144,9 +154,12 @@ struct Frame {
       const int64_t all = span(p0, p1, p2);
       for (int64_t place = 0; place < all; place += width) {
         const size_t first = runs.size();
-        list_runs(g, p0, p1, p2, place, std::min(all, place + width));
+        const int64_t end = std::min(all, place + width);
+        list_runs(g, p0, p1, p2, place, end);
         // A segment may be a gap.
-        if (runs.size() > first) segments.push_back({phases.size() - 1, place, first, runs.size()});
+        if (runs.size() == first) continue;
+        const int64_t vectors = divide_up(end - place, lanes);
+        segments.push_back({phases.size() - 1, place, vectors, first, runs.size()});
       }
     });
   }
@@ -253,7 +266,7 @@ ImagePlan make_image_plan(const Geometry& g, const TileSet<A>& tiles) {
     slabs.count = divide_up(g.axis[slabs.axis].in, slabs.length);
     int64_t places = 0;
     for (int64_t number = 0; number < slabs.count; ++number) {
-      const Frame frame(make_position_slab(g, slabs, number).geometry, width);
+      const Frame frame(make_position_slab(g, slabs, number).geometry, tiles.lanes, plan.vectors);
       places = std::max(places, frame.places());
     }
     // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
