@@ -156,6 +156,16 @@ CUTS = {
         4, (12, 6, 2, 3, 2), (7, 6, 9),
         {"padding": (1, 0, 2), "stride": (1, 2, 1), "dilation": (2, 1, 1)},
     ),
+    "by position, many rows": (40, (8, 3, 3, 3), (40, 37), {"padding": 1}),
+    "by position, many rows, transposed": (
+        33, (3, 5, 1, 3), (9, 50), {"transposed": True, "padding": (0, 1)},
+    ),
+    "pointwise": (33, (20, 30, 1, 1), (9, 11), {}),
+    "pointwise, one row": (1, (64, 20, 1, 1), (40, 41), {}),
+    "pointwise, few positions": (70, (24, 13, 1), (16,), {}),
+    "pointwise, groups": (25, (12, 4, 1, 1, 1), (3, 5, 7), {"groups": 3}),
+    "pointwise, transposed": (21, (20, 9, 1, 1), (10, 10), {"transposed": True, "groups": 2}),
+    "pointwise, channels that crowd a cache": (20, (16, 30, 1), (1024,), {}),
     "by position, one line in, five out": (2, (8, 3, 1, 3, 3), (1, 9, 9), {"padding": (2, 1, 1)}),
     "by position, an axis that nothing reads": (
         8, (8, 4, 2, 2), (9, 3), {"padding": (2, 2, 2, 0), "stride": 2, "dilation": (2, 3)},

@@ -160,10 +160,16 @@ class ByInput {
   }
 
   void pack_weight(Range batch) const {
-    for_each(work_.parallel_for, batch.last - batch.first, plan_.block_weights(), [&](int64_t n) {
-      const int64_t block = batch.first + n;
-      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group), plan_.block_start(block),
-                          plan_.block_size(block), weight_of(block, batch));
+    const int64_t tasks = engine_.weight_tasks();
+    const int64_t cost = plan_.block_weights() / tasks;
+    for_each(work_.parallel_for, (batch.last - batch.first) * tasks, cost, [&](int64_t n) {
+      const int64_t block = batch.first + n / tasks;
+      const int64_t task = n % tasks;
+      const int64_t channels = g_.out_channels_per_group();
+      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group),
+                          {task * channels / tasks, (task + 1) * channels / tasks},
+                          plan_.block_start(block), plan_.block_size(block),
+                          weight_of(block, batch));
     });
   }
 

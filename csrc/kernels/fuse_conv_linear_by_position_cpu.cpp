@@ -10,7 +10,7 @@
 //
 // image_frame.h has the other words.
 #include <algorithm>
-#include <cmath>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -106,12 +106,17 @@ class ByPosition {
   int64_t group_weights() const { return g_.kernel_positions() * out_channels_ * in_channels_; }
 
   void pack_weight() const {
-    for_each(work_.parallel_for, g_.groups * blocks_, group_weights() / blocks_, [&](int64_t n) {
-      const int64_t group = n / blocks_;
-      const int64_t start = block_start(n % blocks_);
-      const int64_t channels = block_start(n % blocks_ + 1) - start;
-      pack_channels(work_, group * out_channels_, start, channels, channels,
-                    weight_of(group, n % blocks_));
+    const int64_t tasks = tasks_of_weight(g_);
+    const int64_t count = g_.groups * blocks_ * tasks;
+    for_each(work_.parallel_for, count, group_weights() / blocks_ / tasks, [&](int64_t n) {
+      const int64_t group = n / tasks / blocks_;
+      const int64_t block = n / tasks % blocks_;
+      const int64_t task = n % tasks;
+      const int64_t start = block_start(block);
+      const int64_t channels = block_start(block + 1) - start;
+      pack_channels(work_, group * out_channels_,
+                    {task * out_channels_ / tasks, (task + 1) * out_channels_ / tasks}, start,
+                    channels, channels, weight_of(group, block));
     });
   }
 
@@ -311,17 +316,19 @@ class ByPosition {
   int64_t stage_ = 1;  // images that are held at a time
 };
 
-inline bool is_finite(float value) { return (detail::bits_of(value) & 0x7f800000) != 0x7f800000; }
-inline bool is_finite(double value) { return std::isfinite(value); }
-inline bool is_finite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
-inline bool is_finite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
-
 template <typename T>
 bool all_finite(const void* values, int64_t count) {
+  using A = Accumulate<T>;
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  constexpr Bits kExponent =
+      sizeof(A) == 8 ? Bits{0x7ff} << (sizeof(A) == 8 ? 52 : 0) : Bits{0xff} << 23;
   const T* from = static_cast<const T*>(values);
-  bool finite = true;
-  for (int64_t n = 0; n < count; ++n) finite &= is_finite(from[n]);
-  return finite;
+  Bits found = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const Bits bits = std::bit_cast<Bits>(static_cast<A>(from[n]));
+    found |= static_cast<Bits>((bits & kExponent) == kExponent);
+  }
+  return found == 0;
 }
 
 // Rows that do not fill a vector have no better way, but for very many products in vain. Those that

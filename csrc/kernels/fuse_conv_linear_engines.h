@@ -43,26 +43,37 @@ void unpack_channels(const Work<T>& work, const Rows& rows, const Accumulate<T>*
   }
 }
 
-// The weights of `channels` input channels from c_in on, as [k][c_out][column]; what no channel has
-// is zero.
+// The weights of some output channels of the group that begins at c_out, for `channels` input
+// channels from c_in on, as [k][c_out][column]; what no channel has is zero.
 template <typename T>
-void pack_channels(const Work<T>& work, int64_t c_out, int64_t c_in, int64_t channels,
+void pack_channels(const Work<T>& work, int64_t c_out, Range some, int64_t c_in, int64_t channels,
                    int64_t columns, Accumulate<T>* packed) {
   using A = Accumulate<T>;
+  // What is read k by k stays in the first-level cache.
+  constexpr int64_t kCacheBytes = int64_t{16} << 10;
   const Geometry& g = work.g;
   const T* weight = static_cast<const T*>(work.params.conv_weight);
-  const int64_t out_channels = g.out_channels_per_group();
-  if (columns > channels) {
-    std::fill(packed, packed + g.kernel_positions() * out_channels * columns, A{});
-  }
-  for (int64_t c = 0; c < out_channels; ++c) {
-    for (int64_t n = 0; n < channels; ++n) {
-      const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
-      for (int64_t k = 0; k < g.kernel_positions(); ++k) {
-        packed[(k * out_channels + c) * columns + n] = static_cast<A>(kernel[k]);
+  const int64_t positions = g.kernel_positions();
+  const int64_t step = g.weight_step_in();
+  const int64_t line_bytes = channels * positions * static_cast<int64_t>(sizeof(T));
+  const int64_t at_once = std::max<int64_t>(1, kCacheBytes / line_bytes);
+  for (int64_t first = some.first; first < some.last; first += at_once) {
+    const int64_t last = std::min(some.last, first + at_once);
+    for (int64_t k = 0; k < positions; ++k) {
+      A* to = packed + (k * g.out_channels_per_group() + first) * columns;
+      for (int64_t c = first; c < last; ++c, to += columns) {
+        const T* from = weight + g.weight_index(c_out + c, c_in) + k;
+        for (int64_t n = 0; n < channels; ++n) to[n] = static_cast<A>(from[n * step]);
+        std::fill(to + channels, to + columns, A{});
       }
     }
   }
+}
+
+// Of packing those of a block: enough for the threads there are, where blocks are few.
+inline int64_t tasks_of_weight(const Geometry& g) {
+  constexpr int64_t kLeastChannels = 16;
+  return divide_up(g.out_channels_per_group(), kLeastChannels);
 }
 
 template <typename T>
@@ -101,9 +112,13 @@ class Vectors {
                stream);
   }
 
-  // The weights of `channels` input channels from c_in on.
-  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
-    pack_channels(work_, c_out, c_in, channels, channels, packed);
+  // Tasks that packing a block's weights may be cut into.
+  int64_t weight_tasks() const { return tasks_of_weight(work_.g); }
+
+  // The weights of some output channels of a group, for `channels` input channels from c_in on.
+  void pack_weight(int64_t c_out, Range some, int64_t c_in, int64_t channels,
+                   Element* packed) const {
+    pack_channels(work_, c_out, some, c_in, channels, channels, packed);
   }
 
   // All of a task but the operands.
@@ -201,8 +216,11 @@ class ChannelVectors {
     }
   }
 
-  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
-    pack_channels(work_, c_out, c_in, channels, columns_, packed);
+  int64_t weight_tasks() const { return tasks_of_weight(work_.g); }
+
+  void pack_weight(int64_t c_out, Range some, int64_t c_in, int64_t channels,
+                   Element* packed) const {
+    pack_channels(work_, c_out, some, c_in, channels, columns_, packed);
   }
 
   Task task(const Rows& rows, int64_t) const {
@@ -309,8 +327,10 @@ class MatrixTiles {
     kernels_.AmxTurns<T>::pack(task);
   }
 
+  int64_t weight_tasks() const { return 1; }
+
   // As [k][part][factor][tile][c_in of the tile][depth]; what no channel has is zero.
-  void pack_weight(int64_t c_out, int64_t c_in, int64_t channels, Element* packed) const {
+  void pack_weight(int64_t c_out, Range, int64_t c_in, int64_t channels, Element* packed) const {
     const Geometry& g = work_.g;
     const T* weight = static_cast<const T*>(work_.params.conv_weight);
     const int64_t positions = g.kernel_positions();
