@@ -92,12 +92,13 @@ class Work {
   const TileSet<A>& tiles;
   const TurnSet<T>& turns;
 
-  // Calls visit(thread, item) for every item, on as many threads as that much work deserves. Each
-  // begins with a range of its own, the same that parallel_for would give it, as what it has
-  // packed and read before is in its cache; then it helps the others.
+  // Calls visit(thread, item) for every item, on as many threads as `work` multiply-adds an item, a
+  // vector of them at a time, deserve. Each begins with a range of its own, the same that
+  // parallel_for would give it, as what it has packed and read before is in its cache; then it
+  // helps the others.
   template <typename Visitor>
   void share(int64_t items, int64_t work, int64_t threads, const Visitor& visit) const {
-    const int64_t wanted = std::min(threads, divide_up(items, grain_for(work)));
+    const int64_t wanted = std::min(threads, divide_up(items, grain_for(work / tiles.lanes)));
     if (wanted <= 0) return;
     const int64_t range = divide_up(items, wanted);
     std::vector<Counter> next(static_cast<size_t>(wanted));
