@@ -115,7 +115,7 @@ class ByInput {
     const Range batch = {0, plan_.blocks()};
     const int64_t count = plan_.stretches * plan_.jobs_per_slab();
     const int64_t cost = g_.rows() / plan_.jobs_per_panel() * plan_.panels.most_width() *
-                         plan_.kernel_positions / plan_.stretches;
+                         plan_.kernel_positions * plan_.in_channels / plan_.stretches;
     work_.share(count, cost, threads_, [&](int64_t thread, int64_t number) {
       const Range slabs = plan_.stretch(number / plan_.jobs_per_slab());
       Slab& slab = worker(thread).slab;
@@ -224,7 +224,8 @@ class ByInput {
     const int64_t most_blocks =
         std::min(plan_.job_groups * plan_.blocks_per_group, batch.last - batch.first);
     const int64_t splits = std::min(most_blocks, divide_up(wanted, strips));
-    const int64_t cost = divide_up(segments, strips) * segment_ * plan_.lines *
+    const int64_t taps = divide_up(plan_.kernel_positions * g_.out_positions(), g_.in_positions());
+    const int64_t cost = divide_up(segments, strips) * segment_ * taps * plan_.lines *
                          plan_.panels.most_width() * divide_up(most_blocks, splits) * plan_.columns;
     work_.share(jobs * strips * splits, cost, threads_, [&](int64_t thread, int64_t unit) {
       const int64_t split = unit % splits;

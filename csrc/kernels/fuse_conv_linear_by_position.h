@@ -1,4 +1,5 @@
-// The way of fuse_conv_linear for few rows; see fuse_conv_linear_by_position_cpu.cpp.
+// The way of fuse_conv_linear for few rows, or few products; see
+// fuse_conv_linear_by_position_cpu.cpp.
 #pragma once
 
 #include "fuse_conv_linear.h"
