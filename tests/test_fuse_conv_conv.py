@@ -406,6 +406,22 @@ def test_own_kernel_equals_torchs_convolution(groups: tuple[int, int], dtype: to
         assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
 
 
+@pytest.mark.parametrize("groups", [(1, 1), (3, 1), (1, 2), (3, 2), (6, 4)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_not_finite_stays_where_it_belongs(which: int, groups: tuple[int, int]) -> None:
+    """Channels of other groups are no zeros that it could be multiplied with."""
+    shapes = ((12, 12 // groups[0], 2), (8, 12 // groups[1], 3))
+    for place in range(0, shapes[which][0] * shapes[which][1] * shapes[which][2], 7):
+        weights = [torch.ones(shape, dtype=torch.float64) for shape in shapes]
+        weights[which].view(-1)[place] = torch.inf
+        marked = [torch.ones_like(weight) for weight in weights]
+        marked[which].zero_().view(-1)[place] = 1
+        settings = {"first_groups": groups[0], "second_groups": groups[1]}
+        fused = functional.fuse_conv_conv(weights[0], None, weights[1], None, **settings)[0]
+        reached = functional.fuse_conv_conv(marked[0], None, marked[1], None, **settings)[0]
+        assert torch.equal(fused.isinf(), reached != 0) and not fused.isnan().any()
+
+
 def test_direct_calls_of_the_op_are_checked() -> None:
     first, second = torch.ones(4, 2, 3), torch.ones(6, 4, 3)
     op = torch.ops.linfuse.fuse_conv_conv

@@ -293,6 +293,44 @@ def test_an_infinite_weight_meets_no_padding(dtype: torch.dtype, features: int) 
     assert torch.equal(fused.isfinite(), ~reached.expand_as(fused))
 
 
+def test_an_infinite_bias_meets_the_rows_that_it_belongs_to() -> None:
+    """Seven slabs for two lines of output: most have nothing to add."""
+    conv_bias = torch.ones(64)
+    conv_bias[0] = torch.inf
+    linear = torch.ones(1, 64 * 2 * 50_000)
+    operands = (torch.ones(64, 1, 3, 1), conv_bias, linear, None)
+    _, bias = functional.fuse_conv_linear(*operands, (7, 50_000), stride=(3, 1))
+    assert bias == torch.inf
+
+
+@pytest.mark.parametrize("stride", [2**48, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("features", [1, 20])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_beyond_every_size(stride: int, features: int, transposed: bool) -> None:
+    """One position on the axis: a stride of any length moves nothing."""
+    kernel, size = ((8, 8, 1, 1), (1, 4096)) if transposed else ((8, 8, 3, 1), (40, 50))
+    out = 4096 if transposed else 50
+    weight, linear = torch.randn(kernel), torch.randn(features, 8 * out)
+    settings = {"stride": (stride, 1), "transposed": transposed}
+    fused, _ = functional.fuse_conv_linear(weight, None, linear, None, size, **settings)
+    rows = linear.view(features, 8, out)
+    letters = "iok,fop->fikp" if transposed else "oik,fop->fikp"
+    expected = torch.zeros(features, 8, *size)
+    expected[:, :, : kernel[2]] = torch.einsum(letters, weight[..., 0], rows)
+    torch.testing.assert_close(fused.view(expected.shape), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 30])
+@pytest.mark.parametrize("size", [(9, 11), (5, 8)])
+def test_bits_do_not_depend_on_where_the_linear_lies(channels: int, size: tuple[int, int]) -> None:
+    """Pointwise layers are read where the Linear has them, if it has them one behind the other."""
+    weight, conv_bias = torch.randn(20, channels, 1, 1), torch.randn(20)
+    linear = torch.randn(33, 20 * size[0] * size[1])
+    one = functional.fuse_conv_linear(weight, conv_bias, linear, None, size)
+    other = functional.fuse_conv_linear(weight, conv_bias, linear.T.contiguous().T, None, size)
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_derivatives_of_first_and_second_order(case: Case, device: str) -> None:
     if case.name == "forum":

@@ -64,9 +64,7 @@ class PositionTaps {
           const int64_t last_k = std::min(axis.kernel - 1, sum / axis.dilation);
           if (axis.dilation == 1 && axis.stride > 1) {
             const int64_t last = std::min(most, sum / axis.stride);
-            for (int64_t coarse =
-                     std::max<int64_t>(0, (sum - last_k + axis.stride - 1) / axis.stride);
-                 coarse <= last; ++coarse) {
+            for (int64_t coarse = divide_up(sum - last_k, axis.stride); coarse <= last; ++coarse) {
               taps_.push_back({coarse, sum - coarse * axis.stride});
             }
             return;

@@ -24,6 +24,11 @@
 
 namespace linfuse {
 
+// Of a value that is not negative: no sum that could overflow.
+LINFUSE_HD inline int64_t divide_up(int64_t value, int64_t by) {
+  return value / by + (value % by > 0 ? 1 : 0);
+}
+
 // A 1-d or 2-d convolution is a 3-d one with leading axes of size one.
 constexpr int kAxes = 3;
 

@@ -38,9 +38,10 @@ class Merger {
     }
     if (second_groups_ == 1) {
       multiply_rows_out();
-    } else {
-      if (first_groups_ > 1) make_first_dense();
+    } else if (first_groups_ == 1) {
       multiply_rows_in();
+    } else {
+      multiply_blocks();
     }
     if constexpr (!std::is_same_v<T, double>) {
       T* weight = static_cast<T*>(params_.weight);
@@ -138,6 +139,40 @@ class Merger {
     }
   }
 
+  // Both have groups of their own: a block of the result for each pair of them that has channels
+  // in between, which follow one another; other blocks are zero. A row is a c_in of the block.
+  void multiply_blocks() const {
+    const int64_t in = in_ / first_groups_;
+    const int64_t out = out_ / second_groups_;
+    std::fill(merged_, merged_ + params_.out_channels * in_ * params_.positions(), 0.0);
+    FuseConvLinearParams made = product(params_.second, params_.first);
+    made.features = in;
+    made.geometry.in_channels = out;
+    made.geometry.groups = 1;
+    made.linear_stride.row = params_.first.positions();
+    made.linear_stride.channel = in * params_.first.positions();
+    made.linear_stride.position = 1;
+    made.weight_stride.row = params_.positions();
+    made.weight_stride.channel = in_ * params_.positions();
+    made.weight_stride.position = 1;
+    const double* second = second_by_mid_channel();
+    const int64_t mid_of_first = mid_ / first_groups_;
+    const int64_t mid_of_second = mid_ / second_groups_;
+    for (int64_t c_mid = 0; c_mid < params_.mid_channels;) {
+      const int64_t first_group = c_mid / mid_of_first;
+      const int64_t second_group = c_mid / mid_of_second;
+      const int64_t end =
+          std::min((first_group + 1) * mid_of_first, (second_group + 1) * mid_of_second);
+      made.geometry.out_channels = end - c_mid;
+      const int64_t c_in = first_group % first_groups_ * in;
+      launch(
+          made, second + c_mid * out * params_.second.positions(),
+          first_ + c_mid * made.linear_stride.channel,
+          merged_ + second_group * out * made.weight_stride.channel + c_in * params_.positions());
+      c_mid = end;
+    }
+  }
+
   // The second weight as [C_mid, C_out / second_groups, *k2].
   const double* second_by_mid_channel() const {
     const int64_t groups = params_.second_groups;
@@ -153,20 +188,6 @@ class Merger {
       }
     });
     return turned;
-  }
-
-  // Gives the first weight all input channels of a common group; those of other groups are zero.
-  void make_first_dense() {
-    const int64_t kernel = params_.first.positions();
-    const int64_t own = in_ / first_groups_ * kernel;
-    double* dense = take(params_.mid_channels * in_ * kernel);
-    for_each(parallel_for_, params_.mid_channels, in_ * kernel, [&](int64_t c_mid) {
-      const int64_t group = c_mid % mid_ / (mid_ / first_groups_);
-      double* to = dense + c_mid * in_ * kernel;
-      std::fill(to, to + in_ * kernel, 0.0);
-      std::copy(first_ + c_mid * own, first_ + (c_mid + 1) * own, to + group * own);
-    });
-    first_ = dense;
   }
 
   void make_bias() const {

@@ -48,16 +48,14 @@ bool is_pointwise(const Geometry& g) {
   });
 }
 
-// Whether images may be read where the Linear has them.
+// Whether images may be read where a matrix has them. What lies elsewhere is copied, but goes the
+// same way: the bits must not depend on it.
 template <typename T>
-bool reads_in_place(const FuseConvLinearParams& params) {
-  const Geometry& g = params.geometry;
-  const ImageStrides& strides = params.linear_stride;
+bool is_read_in_place(const Geometry& g) {
   const TileSet<Accumulate<T>>& tiles = simd_kernels(simd_level());
   const bool is_read_once = g.in_channels_per_group() <= tiles.most_channels;
-  return std::is_same_v<T, Accumulate<T>> && is_pointwise(g) && strides.position == 1 &&
-         strides.row == g.rows() &&
-         (is_read_once || strides.channel * static_cast<int64_t>(sizeof(T)) % kCrowded != 0);
+  return std::is_same_v<T, Accumulate<T>> && is_pointwise(g) &&
+         (is_read_once || g.out_positions() * static_cast<int64_t>(sizeof(T)) % kCrowded != 0);
 }
 
 template <typename T>
@@ -73,7 +71,9 @@ class ByPosition {
         in_channels_(g_.in_channels_per_group()),
         blocks_(divide_up(in_channels_, work_.tiles.most_channels)),
         plan_(make_image_plan<A>(g_, work_.tiles)),
-        in_place_(reads_in_place<T>(params)) {
+        in_place_(is_read_in_place<T>(g_) && params.linear_stride.position == 1 &&
+                  params.linear_stride.channel == g_.out_positions() &&
+                  params.linear_stride.row == g_.rows()) {
     const int64_t image_bytes = plan_.size * int64_t{sizeof(A)};
     alone_ = image_bytes <= kOwnImageBytes && images() >= kLeastImages * params.threads;
     stage_ = alone_ ? std::min<int64_t>(params.threads, kMostScratchBytes / image_bytes)
@@ -83,7 +83,7 @@ class ByPosition {
     weight_ = reinterpret_cast<A*>(allocate(weight_bytes + stage_ * image_bytes));
     advise_huge_pages(weight_, weight_bytes + stage_ * image_bytes);
     image_ = reinterpret_cast<A*>(reinterpret_cast<char*>(weight_) + weight_bytes);
-    work_.make_parts(images() * out_channels_, 1);
+    work_.make_parts(alone_ ? images() : stage_ * out_channels_, 1);
   }
 
   void run() {
@@ -93,9 +93,6 @@ class ByPosition {
       frame_ = Frame(slab_.geometry, work_.tiles.lanes, plan_.vectors);
       frame_.list(slab_.geometry);
       alone_ ? run_alone() : run_together();
-      for (int64_t n = 0; n < images() * out_channels_; ++n) {
-        work_.add_part({n / out_channels_ / g_.groups, 1, 1, 1}, n);
-      }
     }
     work_.write_bias();
   }
@@ -131,9 +128,14 @@ class ByPosition {
     work_.share(images(), group_weights() * g_.in_positions(), stage_,
                 [&](int64_t thread, int64_t image) {
                   const Image read = image_of(image, image_ + thread * plan_.size);
-                  for (int64_t c = 0; c < out_channels_; ++c) make_channel(image, c, read);
+                  double* sum = work_.start_part(image);
+                  for (int64_t c = 0; c < out_channels_; ++c) {
+                    const double of_channel = make_channel(image, c, read);
+                    if (sum != nullptr) *sum += of_channel;
+                  }
                   multiply(image, read, {0, segments});
                 });
+    for (int64_t n = 0; n < images(); ++n) work_.add_parts({n / g_.groups, 1, 1, 1}, {n, n + 1});
   }
 
   // All threads share some images.
@@ -143,9 +145,15 @@ class ByPosition {
       const int64_t count = std::min(stage_, images() - first);
       for_each(work_.parallel_for, count * out_channels_, plan_.pitch, [&](int64_t n) {
         const int64_t image = n / out_channels_;
-        make_channel(first + image, n % out_channels_,
-                     image_of(first + image, image_ + image * plan_.size));
+        double* sum = work_.start_part(n);
+        const double of_channel = make_channel(
+            first + image, n % out_channels_, image_of(first + image, image_ + image * plan_.size));
+        if (sum != nullptr) *sum = of_channel;
       });
+      for (int64_t n = 0; n < count; ++n) {
+        const Range channels = {n * out_channels_, (n + 1) * out_channels_};
+        work_.add_parts({(first + n) / g_.groups, 1, 1, 1}, channels);
+      }
       const int64_t threads = work_.params.threads;
       const int64_t strips = std::min(segments, divide_up(kUnitsPerThread * threads, count));
       const int64_t cost = divide_up(segments, strips) * frame_.width * group_weights();
@@ -178,19 +186,18 @@ class ByPosition {
     return {copy, plan_.pitch, copy};
   }
 
-  // Copies an output channel of a group into its frame, if it is not read in place, and adds up
-  // what conv_bias gives.
-  void make_channel(int64_t image, int64_t channel, const Image& read) {
+  // Copies an output channel of a group into its frame, if it is not read in place, and returns
+  // what conv_bias gives to the row.
+  double make_channel(int64_t image, int64_t channel, const Image& read) const {
     const int64_t f = image / g_.groups;
     const int64_t c_out = image % g_.groups * out_channels_ + channel;
     const int64_t step = work_.params.linear_stride.position;
-    double* sums = work_.start_part(image * out_channels_ + channel);
     if (read.copy != nullptr) copy_channel(work_.linear(f, c_out, slab_.out_first), channel, read);
-    if (sums == nullptr) return;
     const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
+    const int64_t count = slab_.share.last - slab_.share.first;
+    if (conv_bias == nullptr || count == 0) return 0;
     const T* share = work_.linear(f, c_out, slab_.share.first);
-    *sums += sum_of(share, step, slab_.share.last - slab_.share.first) *
-             static_cast<double>(static_cast<A>(conv_bias[c_out]));
+    return sum_of(share, step, count) * static_cast<double>(static_cast<A>(conv_bias[c_out]));
   }
 
   void copy_channel(const T* from, int64_t channel, const Image& image) const {
@@ -355,9 +362,9 @@ bool fits(const FuseConvLinearParams& params) {
   const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
   if (weights * kSize > kMostWeightBytes) return false;
   const ImagePlan plan = make_image_plan<A>(g, tiles);
-  if (plan.size * kSize > ImagePlan::kMostBytes) return false;
+  if (!plan.fits) return false;
   const Frame frame(g, tiles.lanes, plan.vectors);
-  return wins(g, frame, params.features, reads_in_place<T>(params)) &&
+  return wins(g, frame, params.features, is_read_in_place<T>(g)) &&
          all_finite<T>(params.conv_weight, weights);
 }
 

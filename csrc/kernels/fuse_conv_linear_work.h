@@ -1,4 +1,4 @@
-// What the two ways of fuse_conv_linear on a CPU share: threads, packing the Linear, the bias.
+// What the ways of fuse_conv_linear on a CPU share: threads, packing the Linear, the bias.
 //
 //   panel    `width` rows f of the Linear, repacked so that f is innermost, in Accumulate<T>
 #pragma once
@@ -171,10 +171,18 @@ class Work {
     return sums;
   }
 
-  void add_part(const Rows& rows, int64_t part) {
+  void add_part(const Rows& rows, int64_t part) { add_parts(rows, {part, part + 1}); }
+
+  // The sum of some parts.
+  void add_parts(const Rows& rows, Range parts) {
     if (params.conv_bias == nullptr) return;
-    const double* sums = sums_.data() + part * part_width_;
-    for (int64_t f = 0; f < rows.count; ++f) bias_[static_cast<size_t>(rows.first + f)] += sums[f];
+    for (int64_t f = 0; f < rows.count; ++f) {
+      double total = 0;
+      for (int64_t part = parts.first; part < parts.last; ++part) {
+        total += sums_[static_cast<size_t>(part * part_width_ + f)];
+      }
+      bias_[static_cast<size_t>(rows.first + f)] += total;
+    }
   }
 
   void write_bias() const {

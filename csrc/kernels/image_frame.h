@@ -48,8 +48,9 @@ struct AxisFrame {
 inline AxisFrame make_frame(const Geometry& g, int a) {
   const Axis& axis = g.axis[a];
   AxisFrame frame = {};
-  frame.step = g.transposed ? 1 : axis.stride;
-  frame.parts = g.transposed ? axis.stride : 1;
+  // Strides beyond the size leave phases, or parts, without a position.
+  frame.step = g.transposed ? 1 : std::min(axis.stride, axis.in);
+  frame.parts = g.transposed ? std::min(axis.stride, std::max<int64_t>(1, axis.out)) : 1;
   const int64_t outs = divide_up(axis.out, frame.parts);
   int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
@@ -59,9 +60,9 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       // What the first of the phase reads: an output position times the stride, or of it a part.
       const int64_t reach = g.transposed ? k * axis.dilation - axis.pad_low
                                          : first + axis.pad_low - k * axis.dilation;
-      const int64_t rest = (reach % axis.stride + axis.stride) % axis.stride;
+      const int64_t rest = reach % axis.stride + (reach % axis.stride < 0 ? axis.stride : 0);
       const int64_t steps = (reach - rest) / axis.stride;
-      if (!g.transposed && rest != 0) continue;
+      if (g.transposed ? rest >= frame.parts : rest != 0) continue;
       if (steps + phase.count <= 0 || steps >= outs) continue;  // all of it falls off
       frame.low = std::max(frame.low, -steps);
       high = std::max(high, steps + phase.count - outs);
@@ -115,9 +116,18 @@ struct Frame {
     for (int a = 0; a < kAxes; ++a) axis[a] = make_frame(g, a);
   }
 
+  // More places than that are not counted: what they are multiplied with must not overflow.
+  static constexpr int64_t kMostPlaces = int64_t{1} << 40;
+
   int64_t part_places() const { return axis[0].pitch * axis[1].pitch * axis[2].pitch; }
   int64_t parts() const { return axis[0].parts * axis[1].parts * axis[2].parts; }
-  int64_t places() const { return parts() * part_places(); }
+  int64_t places() const {
+    double places = 1;
+    for (const AxisFrame& one : axis) {
+      places *= static_cast<double>(one.parts) * static_cast<double>(one.pitch);
+    }
+    return places > static_cast<double>(kMostPlaces) ? kMostPlaces : parts() * part_places();
+  }
 
   // One part lies behind the other, and in each one line behind the other.
   int64_t place(const Position& part, const Position& within) const {
@@ -244,6 +254,7 @@ struct ImagePlan {
   Slabs slabs;
   int64_t pitch;  // from one channel of an image to the next
   int64_t size;   // elements of an image
+  bool fits;      // what an image may be; else its size means nothing
 };
 
 // Slabs as large as images may be; of one position where none is small enough.
@@ -272,10 +283,12 @@ ImagePlan make_image_plan(const Geometry& g, const TileSet<A>& tiles) {
     // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
     plan.pitch = divide_up(places, kLine) * kLine;
     if (plan.pitch % (16 * kLine) == 0) plan.pitch += kLine;
-    plan.size = (g.out_channels_per_group() + 1) * plan.pitch + divide_up(width, kLine) * kLine;
-    if (plan.size * static_cast<int64_t>(sizeof(A)) <= ImagePlan::kMostBytes || slabs.length == 1) {
-      return plan;
-    }
+    const int64_t channels = g.out_channels_per_group() + 1;
+    const int64_t most = ImagePlan::kMostBytes / static_cast<int64_t>(sizeof(A));
+    plan.fits = channels <= most && plan.pitch <= most / channels;
+    plan.size = plan.fits ? channels * plan.pitch + divide_up(width, kLine) * kLine : 0;
+    plan.fits = plan.fits && plan.size <= most;
+    if (plan.fits || slabs.length == 1) return plan;
   }
 }
 

@@ -19,8 +19,6 @@
 
 namespace linfuse {
 
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 struct Slabs {
   int axis;        // the first one with more than one input position
   int64_t outer;   // output positions on the axes outside it
