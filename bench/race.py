@@ -46,7 +46,6 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
     """
     prepare(case.device)
     copies = _copies(case)
-    entrants = list(entrants)
     outcomes: dict[str, Outcome] = {}
     calls = {}
     memory = 0

@@ -173,10 +173,8 @@ CUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cut", CUTS)
-def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
-    """Against torch's convolution in float64; layers too large for the matrix of the reference."""
+def make_cut(cut: str, dtype: torch.dtype):
+    """Its geometry, operands, input size, and the other settings."""
     features, weight_size, input_size, rest = CUTS[cut]
     rest = {"padding": 1, **rest} if rest.get("padding_mode") else rest
     geometry = make_geometry("test", weight_size, input_size, **rest)
@@ -185,6 +183,14 @@ def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
         torch.randn(size, generator=generator, dtype=dtype)
         for size in (weight_size, [geometry.out_channels], [features, geometry.rows], [features])
     ]
+    return geometry, tensors, input_size, rest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
+    """Against torch's convolution in float64; layers too large for the matrix of the reference."""
+    geometry, tensors, input_size, rest = make_cut(cut, dtype)
     weight, bias = functional.fuse_conv_linear(*tensors, input_size, **rest)
     arguments, keywords = geometry.op_arguments, geometry.op_keywords
     wide = [value.double() for value in tensors]

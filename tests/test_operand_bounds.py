@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from test_fuse_conv_linear import CUTS
+from test_fuse_conv_linear import CUTS, make_cut
 from tolerance import DTYPES
 
 from linfuse_ext import functional
-from linfuse_ext.geometry import make_geometry
 
 PROT_NONE = 0
 
@@ -36,14 +35,7 @@ def fenced(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cut", CUTS)
 def test_fuse_conv_linear(cut: str, dtype: torch.dtype) -> None:
-    features, weight_size, input_size, rest = CUTS[cut]
-    rest = {"padding": 1, **rest} if rest.get("padding_mode") else rest
-    geometry = make_geometry("test", weight_size, input_size, **rest)
-    generator = torch.Generator().manual_seed(5)
-    operands = [
-        torch.randn(size, generator=generator, dtype=dtype)
-        for size in (weight_size, [geometry.out_channels], [features, geometry.rows], [features])
-    ]
+    _, operands, input_size, rest = make_cut(cut, dtype)
     weight, bias = functional.fuse_conv_linear(*map(fenced, operands), input_size, **rest)
     expected = functional.fuse_conv_linear(*operands, input_size, **rest)
     assert torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])

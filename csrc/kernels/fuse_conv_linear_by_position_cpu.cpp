@@ -135,7 +135,7 @@ class ByPosition {
                   }
                   multiply(image, read, {0, segments});
                 });
-    for (int64_t n = 0; n < images(); ++n) work_.add_parts({n / g_.groups, 1, 1, 1}, {n, n + 1});
+    for (int64_t n = 0; n < images(); ++n) work_.add_part({n / g_.groups, 1, 1, 1}, n);
   }
 
   // All threads share some images.
