@@ -11,6 +11,7 @@
     lf.fuse_bn_into(bn, layer)                     a BatchNorm before it
     lf.pool_to_conv(pool, channels)                an average pooling as a convolution
     lf.save_matrix(path, conv, input_size)         a matrix larger than memory, to a file
+    lf.collapse(model, example_inputs)             a whole network
 
 `linfuse_ext.functional` has the same on tensors, differentiable. `python -m linfuse_ext info` says
 what is installed and whether it fits the machine.
@@ -33,12 +34,15 @@ from .modules import (  # noqa: E402
     fuse_linear_conv,
     fuse_linear_linear,
 )
+from .network.collapse import Collapsed, collapse  # noqa: E402
 from .pooling import pool_to_conv  # noqa: E402
 from .storage import save_matrix  # noqa: E402
 
 __all__ = [
+    "Collapsed",
     "FusionError",
     "__version__",
+    "collapse",
     "conv_to_linear",
     "functional",
     "fuse_bn",

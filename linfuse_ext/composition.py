@@ -278,12 +278,12 @@ def _compose_transposed(first: Conv, second: Conv) -> Conv | Refusal:
     return merged
 
 
-def _compose(first: Conv, second: Conv) -> Conv | Refusal:
+def _compose(first: Conv, second: Conv, symmetric: bool) -> Conv | Refusal:
     merge = _compose_transposed if first.transposed else _compose_convolutions
     result = merge(first, second)
     if isinstance(result, Refusal):
         return result
-    if any(low != high for low, high in result.padding):
+    if symmetric and any(low != high for low, high in result.padding):
         return Refusal(
             "the merged layer would need different padding at the two ends of an axis, which no "
             "torch layer has",
@@ -297,8 +297,40 @@ def _compose(first: Conv, second: Conv) -> Conv | Refusal:
     )
 
 
+def find_merge(first: Conv, second: Conv, symmetric: bool = True) -> Merge | Refusal:
+    """The merge of two layers of as many axes and fitting channels, or the rule it breaks.
+
+    Args:
+        first: Settings of the layer that comes first.
+        second: Settings of the layer behind it.
+        symmetric: Whether the result must be a layer of torch, with one padding per axis.
+
+    Returns:
+        What to do, and the settings of the merged layer; exact for every input and input size.
+    """
+    ways = [(first, second)]
+    if first.transposed != second.transposed:
+        # Written as two layers of one kind, wherever one of them can be turned around.
+        ways = [
+            (one, two)
+            for one, two in ((first, turned(second)), (turned(first), second))
+            if one is not None and two is not None
+        ]
+        ways.sort(key=lambda way: way[0].transposed)  # a convolution is the simpler result
+    refusal = Refusal(
+        "a strided convolution and a strided transposed one are no convolution of either kind",
+        _LINEAR,
+    )
+    for one, two in ways:
+        result = _compose(one, two, symmetric)
+        if isinstance(result, Conv):
+            return Merge(one, two, one is not first, two is not second, result)
+        refusal = result
+    return refusal
+
+
 def compose(op: str, first: Conv, second: Conv) -> Merge:
-    """Merges the settings of two layers, or says why they are not one.
+    """Merges the settings of two layers into those of one layer of torch, or says why not.
 
     Args:
         op: The caller, for the message.
@@ -322,25 +354,10 @@ def compose(op: str, first: Conv, second: Conv) -> Merge:
             f"{op}: `second` must have the {first.out_channels} input channels that `first` puts "
             f"out, got {second.in_channels}"
         )
-    ways = [(first, second)]
-    if first.transposed != second.transposed:
-        # Written as two layers of one kind, wherever one of them can be turned around.
-        ways = [
-            (one, two)
-            for one, two in ((first, turned(second)), (turned(first), second))
-            if one is not None and two is not None
-        ]
-        ways.sort(key=lambda way: way[0].transposed)  # a convolution is the simpler result
-    refusal = Refusal(
-        "a strided convolution and a strided transposed one are no convolution of either kind",
-        _LINEAR,
-    )
-    for one, two in ways:
-        result = _compose(one, two)
-        if isinstance(result, Conv):
-            return Merge(one, two, one is not first, two is not second, result)
-        refusal = result
+    merge = find_merge(first, second)
+    if isinstance(merge, Merge):
+        return merge
     raise FusionError(
-        f"{op}: not exact as one convolution, because {refusal.rule}. First: {first}. "
-        f"Second: {second}. Instead: {refusal.instead}."
+        f"{op}: not exact as one convolution, because {merge.rule}. First: {first}. "
+        f"Second: {second}. Instead: {merge.instead}."
     )

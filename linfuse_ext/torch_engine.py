@@ -241,8 +241,8 @@ def composed_kernel(
     axes = first.dim() - 2
     common = common_divisor(*groups)
     # Within a common group the layers' own groups are blocks on a diagonal.
-    first = _as_one_group(first, groups[0], common)
-    second = _as_one_group(second, groups[1], common)
+    first = as_one_group(first, groups[0], common)
+    second = as_one_group(second, groups[1], common)
     out_channels, between = second.shape[0] // common, second.shape[1]
     second = second.reshape(common, out_channels, between, *second.shape[2:]).transpose(0, 1)
     apart = tap_spacing((first.shape[2:], second.shape[3:]), steps)
@@ -267,7 +267,7 @@ def composed_kernel(
     return kernel.reshape(common * out_channels, in_channels, *kernel.shape[3:])
 
 
-def _as_one_group(weight: Tensor, groups: int, common: int) -> Tensor:
+def as_one_group(weight: Tensor, groups: int, common: int) -> Tensor:
     """A weight of `groups` groups as one of `common`, a divisor; what the groups lack is zero."""
     blocks = groups // common
     if blocks == 1:

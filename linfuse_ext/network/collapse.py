@@ -1,0 +1,256 @@
+"""A whole network in one call: `linfuse_ext.collapse`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from .capture import Captured, capture
+from .constants import Constants
+from .layers import BiasMap
+from .measuring import error_of, run_example
+from .naming import names_of
+from .planning import POLICIES, Planner, Segment
+from .report import Report, Row, count
+from .rewriting import Made, Rewriter, drop_nothing, make_layer
+from .stretches import Graph
+
+__all__ = ["Collapsed", "collapse"]
+
+_OP = "collapse"
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """What `collapse` returns.
+
+    Attributes:
+        model: The network, in eval mode; takes and returns what the given model does, with any
+            batch size. It shares no parameter with the given model.
+        report: What was merged, and why the rest was not.
+    """
+
+    model: GraphModule
+    report: Report
+    _captured: Captured = field(repr=False)
+
+    def export(self) -> ExportedProgram:
+        """The network as a program, for torch.export.save; its batch is dynamic if it was."""
+        return torch.export.export(
+            self.model,
+            self._captured.arguments,
+            self._captured.keywords,
+            dynamic_shapes=self._captured.dynamic_shapes,
+        )
+
+
+def _check(policy: Any, max_bytes: Any) -> None:
+    if not isinstance(policy, str):
+        raise TypeError(f"{_OP}: `policy` must be a str, got {policy!r}")
+    if policy not in POLICIES:
+        raise ValueError(f"{_OP}: `policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"{_OP}: `max_bytes` must be an int, got {max_bytes!r}")
+    if max_bytes < 0:
+        raise ValueError(f"{_OP}: `max_bytes` must be non-negative, got {max_bytes}")
+
+
+def collapse(
+    model: Any, example_inputs: Any = None, *, policy: str = "cheaper", max_bytes: int = 2**30
+) -> Collapsed:
+    """Merges every stretch of affine layers of a network, where that is exact and wanted.
+
+    Affine are convolutions, transposed convolutions and Linears, BatchNorm in eval mode, average
+    pooling and means over positions, padding of every mode, nearest and (bi-, tri-)linear
+    upsampling, PixelShuffle, flatten, reshape, permute, slices, scales and shifts by constants,
+    sums, concatenations, and Dropout and Identity, which vanish. A stretch is as long as what lies
+    in it is used nowhere else; where it is cut is chosen by the cost of all ways together. A merge
+    becomes a convolution, a convolution with a bias per position (`BiasMap`), or a Linear. It is
+    computed in float64 and rounded once.
+
+    Args:
+        model: An nn.Module in eval mode, captured by torch.export; or a
+            torch.export.ExportedProgram, whatever way it was made. It is not changed.
+        example_inputs: A tensor, a sequence of positional inputs or a mapping of keyword inputs, on
+            which torch.export runs. Axis 0 of every tensor with as many samples as the first is the
+            batch. All other sizes are fixed by the example. None for a program: its own.
+        policy: "cheaper" merges only where that saves floating-point operations a sample, or else
+            parameters; "always" wherever it is exact, down to the fewest layers in a row; "never"
+            nowhere, to see the report.
+        max_bytes: The most that a merged Linear may take; beyond that it is refused.
+
+    Returns:
+        `.model`, a torch.fx.GraphModule, and `.report`, a sequence of rows; `.export()` makes a
+        program of it.
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: The model is in training mode, torch.export cannot capture it, or an argument
+            has a wrong value.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 5, 5, stride=2, padding=1), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(5),
+        ...     nn.Flatten(), nn.Linear(845, 10), nn.ReLU(), nn.Linear(10, 10)).eval()
+        >>> out = collapse(model, torch.rand(2, 1, 28, 28))
+        >>> [(row.layers, row.verdict) for row in out.report]
+        [(('0', '1', '2', '4'), 'fused')]
+        >>> x = torch.rand(3, 1, 28, 28)
+        >>> torch.allclose(out.model(x), model(x), atol=1e-5)
+        True
+    """
+    _check(policy, max_bytes)
+    captured = capture(model, example_inputs)
+    constants = Constants(captured.module)
+    graph = Graph(captured.module, constants)
+    if drop_nothing(captured.module, graph):
+        captured.module.recompile()
+        graph = Graph(captured.module, constants)
+    planner = Planner(graph, policy, max_bytes)
+    cuts = planner.plan()
+    merged = [segment for segment in _segments(cuts) if segment.layer is not None]
+    made: dict[Node, Made] = {}
+    errors: dict[Node, float | None] = {}
+    if policy != "never":
+        values = run_example(captured, {segment.start for segment in merged})
+        for segment in merged:
+            made[segment.end] = make_layer(segment, constants)
+            errors[segment.end] = error_of(segment, made[segment.end], values, constants)
+        del values
+    report = Report(_Rows(planner, graph, policy, made, errors).of(cuts), policy)
+    rewriter = Rewriter(captured.module, graph, constants)
+    inside: set[Node] = set()
+    for segment in merged if policy != "never" else []:
+        inside |= {step.node for step in segment.steps}
+        rewriter.replace(segment, made[segment.end])
+    for node, step in graph.steps.items():
+        if node not in inside:
+            rewriter.keep(step)
+    return Collapsed(rewriter.finish(), report, captured)
+
+
+def _segments(cuts: list[list[Segment]]) -> Iterator[Segment]:
+    """Every segment, those inside nets that stay included."""
+    for cut in cuts:
+        for segment in cut:
+            yield segment
+            yield from _segments(segment.inside)
+
+
+def _multiplies(segment: Segment) -> bool:
+    return any(step.multiplies for step in segment.steps)
+
+
+class _Rows:
+    """Writes the rows of a report."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        graph: Graph,
+        policy: str,
+        made: dict[Node, Made],
+        errors: dict[Node, float | None],
+    ) -> None:
+        self._planner = planner
+        self._graph = graph
+        self._policy = policy
+        self._made = made
+        self._errors = errors
+
+    def of(self, cuts: list[list[Segment]]) -> Iterator[Row]:
+        """The rows of stretches, in their order."""
+        for cut in cuts:
+            layers = [segment for segment in cut if _multiplies(segment)]
+            yield from self._across(cut, layers)
+            for n, segment in enumerate(layers):
+                if segment.layer is not None:
+                    yield self._merged(segment)
+                elif len(segment.steps) > 1:
+                    yield from self.of(segment.inside)
+                    yield self._not_merged([segment], cut)
+                if n + 1 < len(layers):
+                    yield self._not_merged(layers[n : n + 2], cut)
+
+    def _merged(self, segment: Segment) -> Row:
+        layer = segment.layer
+        assert layer is not None
+        after = layer.weight.cost
+        verdict, reason = "fused", ""
+        if segment.end in self._made:
+            reason = f"one {_described(self._made[segment.end])}"
+        else:
+            verdict = "declined"
+            reason = f"exact as one {_kind(segment)}, but policy 'never' merges nothing"
+        return Row(
+            names_of(segment.steps),
+            verdict,
+            reason,
+            segment.before.flops,
+            after.flops,
+            segment.before.params,
+            after.params,
+            self._errors.get(segment.end),
+        )
+
+    def _not_merged(self, neighbours: list[Segment], cut: list[Segment]) -> Row:
+        """Neighbours that stay apart, with what lies between them."""
+        first, last = cut.index(neighbours[0]), cut.index(neighbours[-1])
+        links = [link for segment in cut[first : last + 1] for link in segment.links]
+        steps = [step for link in links for step in link.steps]
+        flops = sum(segment.weight.cost.flops for segment in cut[first : last + 1])
+        params = sum(segment.weight.cost.params for segment in cut[first : last + 1])
+        run = self._planner.run(links)
+        if not run.layers:
+            reason = "; ".join(run.refusals)
+            return Row(names_of(steps), "refused", reason, flops, flops, params, params)
+        layer = self._planner.best(run.layers)
+        after = layer.weight.cost
+        reason = (
+            f"exact as one {layer.kind}, but with {count(after.flops)} FLOPs in place of "
+            f"{count(flops)} and {count(after.params)} parameters in place of {count(params)}"
+        )
+        for refusal in run.refusals:
+            reason += f"; no smaller form: {refusal}"
+        return Row(names_of(steps), "declined", reason, flops, after.flops, params, after.params)
+
+    def _across(self, cut: list[Segment], layers: list[Segment]) -> Iterator[Row]:
+        """What keeps a stretch from being longer, where the value before it is affine as well."""
+        start = cut[0].start
+        step = self._graph.steps.get(start)
+        if step is None or not layers:
+            return
+        before = [step] if step.multiplies else [
+            self._graph.steps[operand]
+            for operand, _ in step.operands
+            if operand in self._graph.steps and self._graph.steps[operand].multiplies
+        ]  # fmt: skip
+        if not before:
+            return
+        if len(start.users) > 1:
+            reason = "the value between them is used elsewhere as well, so that it must be kept"
+        else:
+            reason = "values that are not affine maps of one value meet between them"
+        flops = sum(s.flops for s in before) + layers[0].weight.cost.flops
+        params = sum(s.params for s in before) + layers[0].weight.cost.params
+        names = names_of([*before, *layers[0].steps])
+        yield Row(names, "refused", reason, flops, flops, params, params)
+
+
+def _described(made: Made) -> str:
+    if made.module is None:
+        return "reshape"
+    if isinstance(made.module, BiasMap):
+        return f"{made.module.layer} with a bias for each position"
+    return str(made.module)
+
+
+def _kind(segment: Segment) -> str:
+    assert segment.layer is not None
+    return segment.layer.kind

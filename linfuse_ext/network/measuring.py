@@ -1,0 +1,66 @@
+"""How far a merged layer is from what it replaces, on the example inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node, _pytree
+from torch.fx.node import map_arg
+
+from .capture import Captured
+from .constants import Constants
+from .planning import Segment
+from .rewriting import Made
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the values of some nodes, and all numbers."""
+
+    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
+        super().__init__(module)
+        self.kept: dict[Node, Any] = {}
+        self._wanted = wanted
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self._wanted or isinstance(value, int):
+            self.kept[n] = value
+        return value
+
+
+def run_example(captured: Captured, wanted: set[Node]) -> dict[Node, Any]:
+    """The values of these nodes, and all numbers, on the example inputs."""
+    recorder = _Recorder(captured.module, wanted)
+    spec = captured.module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    leaves = _pytree.tree_flatten_spec((list(captured.arguments), captured.keywords), spec)
+    with torch.no_grad():
+        recorder.run(*leaves, enable_io_processing=False)
+    return recorder.kept
+
+
+def error_of(
+    segment: Segment, made: Made, values: dict[Node, Any], constants: Constants
+) -> float | None:
+    """The largest difference from the old layers in float64, over their largest value."""
+    start: Tensor = values[segment.start]
+    wide: dict[Node, Any] = {segment.start: start.double()}
+
+    def value_of(node: Node) -> Any:
+        if node in wide:
+            return wide[node]
+        return values[node] if node in values else constants[node]
+
+    with torch.no_grad():
+        for step in segment.steps:
+            node = step.node
+            arguments, keywords = map_arg((node.args, node.kwargs), value_of)
+            wide[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        want = wide[segment.end]
+        got = made.run(start).double()
+    if want.numel() == 0:
+        return None
+    largest = float(want.abs().max())
+    error = float((got - want).abs().max())
+    return error / largest if largest > 0 else error

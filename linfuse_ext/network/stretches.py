@@ -1,0 +1,136 @@
+"""Which nodes of a graph can become one: stretches with a single source and no way out.
+
+A step is a node that READERS can read. Of two values, `a` dominates `v` if every way from the
+graph's inputs to `v` goes through `a` (T. Lengauer and R. E. Tarjan, "A fast algorithm for finding
+dominators in a flowgraph", 1979, has the words; here the graph has no cycles, and one pass is
+enough). If besides all between them is steps, and no value between them is used anywhere else, then
+`v` is one affine map of `a`: the two are the ends of a stretch.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch.fx import GraphModule, Node
+
+from .constants import Constants
+from .maps import AffineMap
+from .operations import Join, read
+
+
+class Step(NamedTuple):
+    """A node that is an affine map of its operands, sample by sample."""
+
+    node: Node
+    operands: list[tuple[Node, list[AffineMap]]]
+    join: Join | None
+    flops: int
+    params: int
+    multiplies: bool
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the value goes through unchanged, as through dropout in eval mode."""
+        return self.join is None and not self.operands[0][1]
+
+
+class Link(NamedTuple):
+    """From one value to the next that all ways lead through: a step, or a net of several."""
+
+    start: Node
+    end: Node
+    steps: list[Step]  # in the order of the graph; the last is that of `end`
+
+
+class Stretch(NamedTuple):
+    """A chain of links; what is inside is used nowhere else."""
+
+    links: list[Link]
+
+
+class Graph:
+    """The steps of a captured graph, and how they hang together."""
+
+    def __init__(self, module: GraphModule, constants: Constants) -> None:
+        """Reads every node of the graph."""
+        self.steps: dict[Node, Step] = {}
+        self._order = {node: n for n, node in enumerate(module.graph.nodes)}
+        for node in module.graph.nodes:
+            reading = read(node, constants)
+            if reading is not None:
+                self.steps[node] = Step(
+                    node,
+                    reading.operands,
+                    reading.join,
+                    reading.flops,
+                    _count_parameters(node, constants),
+                    reading.multiplies,
+                )
+        self._dominator: dict[Node, Node | None] = {}
+        self._depth: dict[Node, int] = {}
+        for node, step in self.steps.items():
+            self._enter(node, step)
+
+    def _enter(self, node: Node, step: Step) -> None:
+        found: Node | None = step.operands[0][0]
+        for operand, _ in step.operands[1:]:
+            found = self._common(found, operand)
+        self._dominator[node] = found
+        self._depth[node] = 0 if found is None else self._depth.get(found, 0) + 1
+
+    def _common(self, one: Node | None, other: Node | None) -> Node | None:
+        """The last value that dominates both."""
+        while one is not other:
+            if one is None or other is None:
+                return None
+            if self._depth.get(one, 0) >= self._depth.get(other, 0):
+                one = self._dominator.get(one)
+            else:
+                other = self._dominator.get(other)
+        return one
+
+    def _between(self, start: Node, end: Node) -> set[Node]:
+        """The values behind `start` that `end` is made of, `end` included."""
+        found: set[Node] = set()
+        todo = [end]
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += [
+                    operand for operand, _ in self.steps[node].operands if operand is not start
+                ]
+        return found
+
+    def _is_closed(self, start: Node, end: Node) -> bool:
+        inside = self._between(start, end)
+        return all(user in inside for node in inside if node is not end for user in node.users)
+
+    def stretch(self, end: Node) -> Stretch | None:
+        """The longest stretch that ends with this step; None where its operands meet no more."""
+        farthest: Node | None = None
+        chain: list[Node] = [end]
+        start = self._dominator[end]
+        kept: list[Node] = []
+        while start is not None:
+            chain.append(start)
+            if self._is_closed(start, end):
+                farthest, kept = start, list(chain)
+            start = self._dominator.get(start)
+        if farthest is None:
+            return None
+        kept.reverse()
+        return Stretch([self._link(a, b) for a, b in pairwise(kept)])
+
+    def _link(self, start: Node, end: Node) -> Link:
+        inside = sorted(self._between(start, end), key=self._order.__getitem__)
+        return Link(start, end, [self.steps[node] for node in inside])
+
+
+def _count_parameters(node: Node, constants: Constants) -> int:
+    found: set[Node] = set()
+    for source in node.all_input_nodes:
+        if source in constants:
+            found |= constants.parameters(source)
+    return sum(constants.deferred(parameter).size for parameter in found)
