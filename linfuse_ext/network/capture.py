@@ -6,14 +6,15 @@ torch.export does on its own, so that a convolution stays a convolution.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, _pytree
 from torch.utils import _pytree as pytree
 
 _OP = "collapse"
@@ -27,13 +28,18 @@ class Captured(NamedTuple):
         module: The graph, with the model's own parameters.
         arguments: Example inputs, positional.
         keywords: Example inputs by name.
-        dynamic_shapes: Of the inputs, as torch.export wants them.
+        dynamic: Which axes of which of these tensors may have any size: by id, as torch.export
+            wants them.
     """
 
     module: GraphModule
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    dynamic_shapes: Any
+    dynamic: dict[int, dict[int, Any]]
+
+    def dynamic_shapes(self, forward: Callable[..., Any]) -> dict[str, Any]:
+        """Those axes, by the names of the arguments of a forward."""
+        return _by_name(forward, self.arguments, self.keywords, self.dynamic)
 
 
 def capture(model: Any, example_inputs: Any) -> Captured:
@@ -54,21 +60,23 @@ def capture(model: Any, example_inputs: Any) -> Captured:
     """
     if isinstance(model, ExportedProgram):
         arguments, keywords = _inputs_of_program(model, example_inputs)
-        program, shapes = _functional(model), None
+        module = _graph_of(model)
+        arguments, keywords, dynamic = _dynamic_axes(module, arguments, keywords)
     elif isinstance(model, nn.Module):
         if example_inputs is None:
             raise TypeError(f"{_OP}: `example_inputs` must be given for a module, got None")
         _check_eval(model)
-        arguments, keywords = _as_inputs(example_inputs)
-        program, shapes = _export(model, arguments, keywords)
+        arguments, keywords = _two_samples(*_as_inputs(example_inputs))
+        batch = _batch_of((arguments, keywords))
+        leaves = pytree.tree_leaves((arguments, keywords))
+        dynamic = {id(leaf): {0: Dim("batch")} for leaf in leaves if _has_batch(leaf, batch)}
+        module = _graph_of(_export(model, arguments, keywords, dynamic))
     else:
         raise TypeError(
             f"{_OP}: `model` must be an nn.Module or a torch.export.ExportedProgram, "
             f"got {type(model).__name__}"
         )
-    module = program.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    return Captured(_normalised(module), arguments, keywords, shapes)
+    return Captured(_normalised(module), arguments, keywords, dynamic)
 
 
 def _check_eval(model: nn.Module) -> None:
@@ -120,27 +128,45 @@ def _batch_of(inputs: Any) -> int:
     return size
 
 
+def _has_batch(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+
+def _two_samples(
+    arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with at least two samples: torch.export takes an axis of size 1 for fixed."""
+    if _batch_of((arguments, keywords)) > 1:
+        return arguments, keywords
+
+    def twice(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if _has_batch(leaf, 1) else leaf
+
+    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (arguments, keywords))
+    return doubled
+
+
+def _by_name(
+    forward: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    dynamic: dict[int, dict[int, Any]],
+) -> dict[str, Any]:
+    bound = inspect.signature(forward).bind(*arguments, **keywords).arguments
+    shapes: dict[str, Any] = pytree.tree_map(lambda leaf: dynamic.get(id(leaf)), dict(bound))
+    return shapes
+
+
 def _export(
-    model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[ExportedProgram, Any]:
-    batch = _batch_of((arguments, keywords))
-    # An axis of size 1 is taken for fixed: two samples show that it is not.
-    count = batch if batch > 1 else 2
-
-    def repeated(leaf: Any) -> Any:
-        if _has_batch(leaf, batch) and batch == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
-
-    def dynamic(leaf: Any) -> Any:
-        return {0: Dim("batch")} if _has_batch(leaf, count) else None
-
-    traced = pytree.tree_map(repeated, (arguments, keywords))
-    shapes = pytree.tree_map(dynamic, traced)
-    given = shapes[0] if not keywords else {**_names(model, shapes[0]), **shapes[1]}
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    dynamic: dict[int, dict[int, Any]],
+) -> ExportedProgram:
     try:
+        shapes = _by_name(model.forward, arguments, keywords, dynamic)
         with torch.no_grad():
-            return _functional(torch.export.export(model, *traced, dynamic_shapes=given)), given
+            return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes)
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise ValueError(
@@ -150,23 +176,41 @@ def _export(
         ) from error
 
 
-def _has_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
-
-
-def _names(model: nn.Module, shapes: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional shapes by the names of the forward's arguments."""
-    names = model.forward.__code__.co_varnames[1 : 1 + len(shapes)]
-    return dict(zip(names, shapes, strict=True))
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without operations that write into their arguments."""
+def _graph_of(program: ExportedProgram) -> GraphModule:
+    """The graph of a program, without operations that write into their arguments."""
     writes = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in program.graph.nodes
     )
-    return program.run_decompositions({}) if writes else program
+    program = program.run_decompositions({}) if writes else program
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
+
+
+def input_leaves(module: GraphModule, arguments: Any, keywords: Any) -> list[Any]:
+    """The inputs in the order of the graph's placeholders."""
+    spec = module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    leaves: list[Any] = _pytree.tree_flatten_spec((list(arguments), keywords), spec)
+    return leaves
+
+
+def _dynamic_axes(
+    module: GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, dict[int, Any]]]:
+    """The axes that a program was exported with as dynamic."""
+    holes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    symbols = []
+    for node in holes:
+        value = node.meta.get("val")
+        shape = value.shape if isinstance(value, Tensor) else ()
+        symbols.append([n for n, size in enumerate(shape) if isinstance(size, torch.SymInt)])
+    if any(0 in axes for axes in symbols):
+        arguments, keywords = _two_samples(arguments, keywords)
+    leaves = input_leaves(module, arguments, keywords)
+    pairs = zip(leaves, symbols, strict=True)
+    dynamic = {id(leaf): dict.fromkeys(axes, Dim.AUTO) for leaf, axes in pairs if axes}
+    return arguments, keywords, dynamic
 
 
 # --- operations with one result each, in the words that READERS knows

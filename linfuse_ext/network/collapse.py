@@ -45,7 +45,7 @@ class Collapsed:
             self.model,
             self._captured.arguments,
             self._captured.keywords,
-            dynamic_shapes=self._captured.dynamic_shapes,
+            dynamic_shapes=self._captured.dynamic_shapes(self.model.forward),
         )
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node, _pytree
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from .capture import Captured
+from .capture import Captured, input_leaves
 from .constants import Constants
 from .planning import Segment
 from .rewriting import Made
@@ -33,8 +33,7 @@ class _Recorder(Interpreter):
 def run_example(captured: Captured, wanted: set[Node]) -> dict[Node, Any]:
     """The values of these nodes, and all numbers, on the example inputs."""
     recorder = _Recorder(captured.module, wanted)
-    spec = captured.module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-    leaves = _pytree.tree_flatten_spec((list(captured.arguments), captured.keywords), spec)
+    leaves = input_leaves(captured.module, captured.arguments, captured.keywords)
     with torch.no_grad():
         recorder.run(*leaves, enable_io_processing=False)
     return recorder.kept
@@ -48,15 +47,19 @@ def error_of(
     wide: dict[Node, Any] = {segment.start: start.double()}
 
     def value_of(node: Node) -> Any:
-        if node in wide:
-            return wide[node]
-        return values[node] if node in values else constants[node]
+        if node not in wide:
+            if node in values:
+                wide[node] = values[node]
+            elif node in constants:
+                return constants[node]
+            else:
+                arguments, keywords = map_arg((node.args, node.kwargs), value_of)
+                wide[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        return wide[node]
 
     with torch.no_grad():
-        for step in segment.steps:
-            node = step.node
-            arguments, keywords = map_arg((node.args, node.kwargs), value_of)
-            wide[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        for step in segment.steps:  # in order: a network is deeper than a recursion may be
+            value_of(step.node)
         want = wide[segment.end]
         got = made.run(start).double()
     if want.numel() == 0:

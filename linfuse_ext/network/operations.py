@@ -382,7 +382,7 @@ def _reduction(call: Call) -> Reading | None:
     weight = _mean_kernel(shape, shape[1:], math.prod(shape[1:]) if is_mean else 1)
     one = (shape[0], *[1] * axes)
     pooled = depthwise(shape, one, shape[1:], weight, shape[1:])
-    return call.through(pooled, View(one, call.out_shape, None), flops=flops)
+    return call.through(pooled, *_view(one, call.out_shape), flops=flops)
 
 
 # --- moving elements
@@ -687,9 +687,10 @@ def _shift_or_scale(
         factor = deferred_full(ones, 1.0 if scale is None else scale)
     else:
         factor = scale
-    flops = size * ((scale is not None) + (shift is not None))
+    multiplies = scale is not None and scale != -1  # a sign goes with the sum
+    flops = size * max(1, multiplies + (shift is not None))
     maps = [*_spread(shape, behind), Diagonal(behind, behind, shift, factor)]
-    return Reading([(value, maps)], None, flops, scale is not None)
+    return Reading([(value, maps)], None, flops, multiplies)
 
 
 def _operands(call: Call) -> tuple[Any, Any]:

@@ -281,8 +281,11 @@ def _copy_all(root: nn.Module, copies: dict[int, Tensor]) -> None:
 def drop_nothing(module: GraphModule, graph: Graph) -> bool:
     """Takes out what changes nothing, as dropout in eval mode; says whether there was any."""
     found = [step for step in graph.steps.values() if step.is_nothing]
+    stays: dict[Node, Node] = {}
     for step in found:
-        step.node.replace_all_uses_with(step.operands[0][0])
+        value = step.operands[0][0]
+        stays[step.node] = stays.get(value, value)
+        step.node.replace_all_uses_with(stays[step.node])
     for step in reversed(found):
         module.graph.erase_node(step.node)
     return bool(found)

@@ -107,6 +107,30 @@ def _scaled_outputs(convolution: Convolution, scale: Deferred) -> Deferred:
     return Deferred(convolution.weight.shape, make)
 
 
+def _scaled_inputs(convolution: Convolution, scale: Deferred) -> Deferred:
+    """The weight of a convolution whose input channels are scaled."""
+
+    def make() -> Tensor:
+        settings, weight = convolution.settings, convolution.weight.value
+        by_in = _channels(scale, settings.in_channels)
+        if settings.transposed:
+            return weight * by_in.reshape(-1, *[1] * (weight.dim() - 1))
+        grouped = weight.reshape(settings.groups, -1, *weight.shape[1:])
+        by_in = by_in.reshape(settings.groups, 1, -1, *[1] * (weight.dim() - 2))
+        return (grouped * by_in).reshape(weight.shape)
+
+    return Deferred(convolution.weight.shape, make)
+
+
+def _scale_of(convolution: Convolution) -> Deferred | None:
+    """What a convolution scales each channel by, if at every position it does only that."""
+    settings, weight = convolution.settings, convolution.weight
+    one_tap = all(size == 1 for size in settings.kernel_size) and not settings.transposed
+    each = settings.groups == settings.in_channels == settings.out_channels
+    shape = (weight.shape[0], *[1] * len(settings.kernel_size))
+    return Deferred(shape, lambda: weight.value.reshape(shape)) if one_tap and each else None
+
+
 def _diagonal_convolution(second: Diagonal, first: Convolution) -> AffineMap | Refusal:
     if not by_channel(second.scale):
         return _refusal("the scale behind a convolution differs between positions")
@@ -121,19 +145,8 @@ def _convolution_diagonal(second: Convolution, first: Diagonal) -> AffineMap | R
     pointwise = as_convolution(first)  # for the rules of what happens to the shift
     if not isinstance(pointwise, Convolution):
         return _refusal("the scale before a convolution differs between positions")
-    settings = second.settings
-
-    def make() -> Tensor:
-        weight = second.weight.value
-        by_in = _channels(first.scale, settings.in_channels)
-        if settings.transposed:
-            return weight * by_in.reshape(-1, *[1] * (weight.dim() - 1))
-        grouped = weight.reshape(settings.groups, -1, *weight.shape[1:])
-        by_in = by_in.reshape(settings.groups, 1, -1, *[1] * (weight.dim() - 2))
-        return (grouped * by_in).reshape(weight.shape)
-
-    offset, weight = _merged_offset(pointwise, second), Deferred(second.weight.shape, make)
-    return replace(second, offset=offset, weight=weight)
+    offset, weight = _merged_offset(pointwise, second), _scaled_inputs(second, first.scale)
+    return replace(second, in_shape=first.in_shape, offset=offset, weight=weight)
 
 
 # --- two convolutions
@@ -169,11 +182,19 @@ def _convolution_convolution(second: Convolution, first: Convolution) -> AffineM
     if too_wide is not None:
         return too_wide
 
+    scale = _scale_of(first)
+    offset = _merged_offset(first, second)
+    if scale is not None and settings.kernel_size == second.settings.kernel_size:
+        # Padding, or a choice of positions: nothing to multiply but channels.
+        if settings.transposed == second.settings.transposed:
+            weight = _scaled_inputs(second, scale)
+            return Convolution(first.in_shape, second.out_shape, offset, settings, weight)
+
     def make() -> Tensor:
         weights = (first.weight.value.contiguous(), None, second.weight.value.contiguous(), None)
         return functional.merge_weights(merge, *weights)[0]
 
-    offset, weight = _merged_offset(first, second), Deferred(weight_shape(settings), make)
+    weight = Deferred(weight_shape(settings), make)
     return Convolution(first.in_shape, second.out_shape, offset, settings, weight)
 
 

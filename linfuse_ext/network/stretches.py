@@ -15,8 +15,9 @@ from typing import NamedTuple
 from torch.fx import GraphModule, Node
 
 from .constants import Constants
-from .maps import AffineMap
+from .maps import AffineMap, Convolution
 from .operations import Join, read
+from .rules import compose
 
 
 class Step(NamedTuple):
@@ -67,6 +68,7 @@ class Graph:
                     _count_parameters(node, constants),
                     reading.multiplies,
                 )
+        self._folded = _fold_padding_modes(self.steps)
         self._dominator: dict[Node, Node | None] = {}
         self._depth: dict[Node, int] = {}
         for node, step in self.steps.items():
@@ -105,7 +107,8 @@ class Graph:
 
     def _is_closed(self, start: Node, end: Node) -> bool:
         inside = self._between(start, end)
-        return all(user in inside for node in inside if node is not end for user in node.users)
+        users = (user for node in inside if node is not end for user in node.users)
+        return all(self._folded.get(user, user) in inside for user in users)
 
     def stretch(self, end: Node) -> Stretch | None:
         """The longest stretch that ends with this step; None where its operands meet no more."""
@@ -126,6 +129,38 @@ class Graph:
     def _link(self, start: Node, end: Node) -> Link:
         inside = sorted(self._between(start, end), key=self._order.__getitem__)
         return Link(start, end, [self.steps[node] for node in inside])
+
+
+def _fold_padding_modes(steps: dict[Node, Step]) -> dict[Node, Node]:
+    """Puts back what export took apart: a convolution that pads in another way than with zeros.
+
+    Returns:
+        For each padding that is no step of its own now, the convolution that it belongs to.
+    """
+    folded: dict[Node, Node] = {}
+    for node, step in list(steps.items()):
+        before = steps.get(step.operands[0][0])
+        if before is None or len(before.node.users) > 1 or before.join or step.join:
+            continue
+        path = _module_path(node)
+        if path is None or path != _module_path(before.node):
+            continue
+        maps = [*before.operands[0][1], *step.operands[0][1]]
+        if [type(affine) for affine in maps] != [Convolution, Convolution]:
+            continue
+        layer = compose(maps[1], maps[0])
+        if isinstance(layer, Convolution) and layer.settings.padding_mode != "zeros":
+            steps[node] = step._replace(operands=[(before.operands[0][0], [layer])])
+            del steps[before.node]
+            folded[before.node] = node
+    return folded
+
+
+def _module_path(node: Node) -> str | None:
+    """The path of the convolution layer that a node is from, if it is from one."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path, kind = stack[-1] if stack else (None, "")
+    return path if ".conv." in str(kind) else None
 
 
 def _count_parameters(node: Node, constants: Constants) -> int:
