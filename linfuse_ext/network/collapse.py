@@ -18,7 +18,7 @@ from .naming import names_of
 from .planning import POLICIES, Planner, Segment
 from .report import Report, Row, count
 from .rewriting import Made, Rewriter, drop_nothing, make_layer
-from .stretches import Graph
+from .stretches import Graph, Step
 
 __all__ = ["Collapsed", "collapse"]
 
@@ -123,7 +123,8 @@ def collapse(
             made[segment.end] = make_layer(segment, constants)
             errors[segment.end] = error_of(segment, made[segment.end], values, constants)
         del values
-    report = Report(_Rows(planner, graph, policy, made, errors).of(cuts), policy)
+    rows = list(_Rows(planner, graph, policy, made, errors).of(cuts))
+    before = _count_parameters(captured.module)
     rewriter = Rewriter(captured.module, graph, constants)
     inside: set[Node] = set()
     for segment in merged if policy != "never" else []:
@@ -132,7 +133,13 @@ def collapse(
     for node, step in graph.steps.items():
         if node not in inside:
             rewriter.keep(step)
-    return Collapsed(rewriter.finish(), report, captured)
+    result = rewriter.finish()
+    report = Report(rows, policy, (before, _count_parameters(result)))
+    return Collapsed(result, report, captured)
+
+
+def _count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _segments(cuts: list[list[Segment]]) -> Iterator[Segment]:
@@ -226,11 +233,7 @@ class _Rows:
         step = self._graph.steps.get(start)
         if step is None or not layers:
             return
-        before = [step] if step.multiplies else [
-            self._graph.steps[operand]
-            for operand, _ in step.operands
-            if operand in self._graph.steps and self._graph.steps[operand].multiplies
-        ]  # fmt: skip
+        before = self._layers_before(step)
         if not before:
             return
         if len(start.users) > 1:
@@ -241,6 +244,22 @@ class _Rows:
         params = sum(s.params for s in before) + layers[0].weight.cost.params
         names = names_of([*before, *layers[0].steps])
         yield Row(names, "refused", reason, flops, flops, params, params)
+
+
+    def _layers_before(self, step: Step) -> list[Step]:
+        """The last layers that a value comes from, looking past what only moves or adds."""
+        found: list[Step] = []
+        todo, seen = [step], {step.node}
+        while todo:
+            step = todo.pop()
+            if step.multiplies:
+                found.append(step)
+                continue
+            for operand, _ in step.operands:
+                if operand in self._graph.steps and operand not in seen:
+                    seen.add(operand)
+                    todo.append(self._graph.steps[operand])
+        return found[::-1]
 
 
 def _described(made: Made) -> str:

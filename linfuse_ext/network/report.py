@@ -44,10 +44,11 @@ class Report(Sequence[Row]):
     `str(report)` is a table, `report.to_json()` the same for programs.
     """
 
-    def __init__(self, rows: Iterable[Row], policy: str) -> None:
-        """Keeps the rows."""
+    def __init__(self, rows: Iterable[Row], policy: str, params: tuple[int, int]) -> None:
+        """Keeps the rows; `params` are the parameters of the network before and after."""
         self._rows = tuple(rows)
         self.policy = policy
+        self._params = params
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -66,12 +67,15 @@ class Report(Sequence[Row]):
 
     @property
     def totals(self) -> dict[str, int]:
-        """Rows by verdict, and what the merges together changed."""
+        """Rows by verdict, and what the merges together changed.
+
+        Parameters are counted once in the whole network: one that other layers share stays.
+        """
         fused = [row for row in self if row.verdict == "fused"]
         return {
             **{verdict: sum(row.verdict == verdict for row in self) for verdict in VERDICTS},
             "flops_saved": sum(row.flops_before - row.flops_after for row in fused),
-            "params_saved": sum(row.params_before - row.params_after for row in fused),
+            "params_saved": self._params[0] - self._params[1],
         }
 
     def to_json(self) -> str:

@@ -184,11 +184,11 @@ def _convolution_convolution(second: Convolution, first: Convolution) -> AffineM
 
     scale = _scale_of(first)
     offset = _merged_offset(first, second)
-    if scale is not None and settings.kernel_size == second.settings.kernel_size:
+    same = weight_shape(settings) == second.weight.shape and not merge.turn_second
+    if scale is not None and same:
         # Padding, or a choice of positions: nothing to multiply but channels.
-        if settings.transposed == second.settings.transposed:
-            weight = _scaled_inputs(second, scale)
-            return Convolution(first.in_shape, second.out_shape, offset, settings, weight)
+        weight = _scaled_inputs(second, scale)
+        return Convolution(first.in_shape, second.out_shape, offset, settings, weight)
 
     def make() -> Tensor:
         weights = (first.weight.value.contiguous(), None, second.weight.value.contiguous(), None)
