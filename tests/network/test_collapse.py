@@ -175,9 +175,7 @@ def test_a_low_rank_bottleneck_stays_and_its_numbers_are_told() -> None:
 def test_the_cut_of_a_chain_is_the_cheapest_and_not_the_first() -> None:
     # Greedy from the left would merge 10 -> 10 -> 100 and be stuck with 100 -> 2 -> 100.
     sizes = (100, 10, 100, 2, 100, 100)
-    model = nn.Sequential(
-        *(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False))
-    )
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)))
     out = lf.collapse(model.eval(), torch.rand(2, 100))
     shapes = [tuple(p.shape) for p in out.model.parameters()]
     assert shapes == [(2, 100), (100, 2)]
