@@ -183,7 +183,7 @@ def _graph_of(program: ExportedProgram) -> GraphModule:
         for node in program.graph.nodes
     )
     program = program.run_decompositions({}) if writes else program
-    module = program.module(check_guards=False)
+    module = program.module()
     assert isinstance(module, GraphModule)
     return module
 

@@ -1,4 +1,4 @@
-"""Which values of a graph depend on no input, and what they are, in float64."""
+"""Which values of a graph depend on no input, and what they are."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Constants:
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 value = attribute(module, node.target)
-                constant = isinstance(value, Tensor) and not _is_written(node)
+                constant = isinstance(value, Tensor) and not is_written(node)
             else:
                 constant = node.op == "call_function" and _is_pure(node)
                 constant &= all(source in self._nodes for source in node.all_input_nodes)
@@ -56,17 +56,17 @@ class Constants:
         return isinstance(value, Node) and value in self._nodes
 
     def __getitem__(self, node: Node) -> Any:
-        """The value of a constant; floating-point tensors in float64."""
+        """The value of a constant as the model has it, only wider: floating point in float64."""
+        value = self._own(node)
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _own(self, node: Node) -> Any:
+        """In the model's own precision: what rounds a weight must round the same one."""
         if node.op == "get_attr":
-            value = attribute(self._module, str(node.target)).detach()
-            return value.double() if value.is_floating_point() else value
+            return attribute(self._module, str(node.target)).detach()
         with torch.no_grad():
-            arguments = map_arg(node.args, lambda source: self[source])
-            keywords = map_arg(node.kwargs, lambda source: self[source])
-            if "dtype" in keywords and keywords["dtype"] in (torch.float32, torch.float16):
-                keywords = {**keywords, "dtype": torch.float64}
-            made = node.target(*arguments, **keywords)  # type: ignore[operator]
-        return made.double() if isinstance(made, Tensor) and made.is_floating_point() else made
+            arguments, keywords = map_arg((node.args, node.kwargs), self._own)
+            return node.target(*arguments, **keywords)  # type: ignore[operator]
 
     def deferred(self, node: Node, shape: tuple[int, ...] | None = None) -> Deferred:
         """A constant as an entry of the algebra, in another shape if given."""
@@ -92,7 +92,8 @@ class Constants:
         )
 
 
-def _is_written(node: Node) -> bool:
+def is_written(node: Node) -> bool:
+    """Whether the graph writes to what a node holds, as to a counter."""
     for user in node.users:
         target = user.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from .capture import Captured, input_leaves
-from .constants import Constants
+from .constants import Constants, attribute, is_written
 from .planning import Segment
 from .rewriting import Made
 
@@ -34,8 +34,18 @@ def run_example(captured: Captured, wanted: set[Node]) -> dict[Node, Any]:
     """The values of these nodes, and all numbers, on the example inputs."""
     recorder = _Recorder(captured.module, wanted)
     leaves = input_leaves(captured.module, captured.arguments, captured.keywords)
+    written = [
+        attribute(captured.module, str(node.target))
+        for node in captured.module.graph.nodes
+        if node.op == "get_attr" and is_written(node)
+    ]
     with torch.no_grad():
-        recorder.run(*leaves, enable_io_processing=False)
+        before = [buffer.clone() for buffer in written]
+        try:
+            recorder.run(*leaves, enable_io_processing=False)
+        finally:  # these are still the model's own
+            for buffer, value in zip(written, before, strict=True):
+                buffer.copy_(value)
     return recorder.kept
 
 

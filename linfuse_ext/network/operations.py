@@ -438,7 +438,9 @@ def _permute(call: Call) -> Reading | None:
 def _chosen_channels(call: Call, shape: Shape) -> Reading:
     """Channels left out, doubled or in another order: a pointwise convolution that picks them."""
     axes = len(shape) - 1
-    numbers = torch.arange(shape[0], dtype=torch.float64).reshape(1, -1, *[1] * axes)
+    device = call.node.meta["val"].device
+    numbers = torch.arange(shape[0], dtype=torch.float64, device=device)
+    numbers = numbers.reshape(1, -1, *[1] * axes)
     picked = [int(n) for n in call.rerun(numbers).flatten().tolist()]
     if picked == list(range(shape[0])):
         return call.through(*_view(shape, call.out_shape))
@@ -601,8 +603,12 @@ def _padded(call: Call, shape: Shape, flat: list[int], mode: str, value: float) 
 
     offset = None
     if value:
-        zeros = torch.zeros(1, *shape, dtype=torch.float64, device="cpu")
-        offset = Deferred(call.out_shape, lambda: F.pad(zeros, flat, value=value)[0])
+        one = (1, *shape)
+
+        def border() -> Tensor:
+            return F.pad(torch.zeros(one, dtype=torch.float64), flat, value=value)[0]
+
+        offset = Deferred(call.out_shape, border)
     return call.through(Operator(shape, call.out_shape, offset, run), flops=0)
 
 

@@ -204,6 +204,7 @@ class Rewriter:
             if node.op == "get_attr" and not _has(root, str(node.target)):
                 _put(root, str(node.target), attribute(self._module, str(node.target)))
         _copy_all(root, shared)
+        graph._tracer_cls = None  # that of torch.export cannot load a pickle
         result = GraphModule(root, graph, class_name="Collapsed")
         return result.eval()
 
