@@ -218,18 +218,34 @@ def _dynamic_axes(
 
 def _normalised(module: GraphModule) -> GraphModule:
     graph = module.graph
+    sizes: dict[Any, Node] = {}  # the node that has the value of a symbol
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target).startswith("_guards"):
             graph.erase_node(node)
+        elif node.target is _ATEN.sym_size.int and isinstance(node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(node.meta["val"].node.expr, node)
         elif node.op == "call_function":
             if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default):
                 # A view fits only the strides of the example.
                 node.target = _ATEN.reshape.default
+            elif node.target in (_ATEN.reshape_as.default, _ATEN.view_as.default):
+                _take_sizes(node, sizes)
             elif node.target is operator.getitem:
                 _replace_part(graph, node)
     graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _take_sizes(node: Node, sizes: dict[Any, Node]) -> None:
+    """A reshape to the sizes of another value, without that value: it is not used for more."""
+    shape = [
+        size if isinstance(size, int) else sizes.get(size.node.expr)
+        for size in node.meta["val"].shape
+    ]
+    if None not in shape:
+        node.target = _ATEN.reshape.default
+        node.args = (node.args[0], shape)
 
 
 def _replace_part(graph: torch.fx.Graph, node: Node) -> None:

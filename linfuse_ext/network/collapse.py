@@ -245,7 +245,6 @@ class _Rows:
         names = names_of([*before, *layers[0].steps])
         yield Row(names, "refused", reason, flops, flops, params, params)
 
-
     def _layers_before(self, step: Step) -> list[Step]:
         """The last layers that a value comes from, looking past what only moves or adds."""
         found: list[Step] = []

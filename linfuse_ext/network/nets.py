@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..composition import Refusal
+from .joins import add, concatenate
 from .maps import AffineMap, Deferred, Shape, identity, is_identity
-from .rules import add, compose, concatenate
+from .rules import compose
 from .stretches import Link, Step
 
 

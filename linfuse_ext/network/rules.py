@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import functional
 from ..composition import Conv, Pair, Refusal, find_merge
 from ..torch_engine import merged_bias, turn
-from .alignment import Grid, align, of_one_kind, padding_too_wide, placed, weight_shape
+from .alignment import padding_too_wide, weight_shape
 from .maps import (
     AffineMap,
     Convolution,
@@ -35,7 +35,8 @@ from .maps import (
 Rule = Callable[[Any, Any], "AffineMap | Refusal"]
 
 
-def _refusal(rule: str) -> Refusal:
+def refusal(rule: str) -> Refusal:
+    """What no small form does, a Linear does."""
     return Refusal(rule, "merge into a Linear")
 
 
@@ -43,7 +44,8 @@ def _broadcast(*shapes: Shape) -> Shape:
     return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
-def _sum_of_offsets(*offsets: Deferred | None) -> Deferred | None:
+def sum_of_offsets(*offsets: Deferred | None) -> Deferred | None:
+    """The sum of what there is, broadcast."""
     there = [offset for offset in offsets if offset is not None]
     if len(there) < 2:
         return there[0] if there else None
@@ -83,7 +85,7 @@ def _scale_offset(second: Diagonal, first: AffineMap) -> Deferred | None:
     shape = _broadcast(second.scale.shape, first.offset.shape)
     offset = first.offset
     scaled = Deferred(shape, lambda: second.scale.value * offset.value)
-    return _sum_of_offsets(scaled, second.offset)
+    return sum_of_offsets(scaled, second.offset)
 
 
 def _diagonal_diagonal(second: Diagonal, first: Diagonal) -> AffineMap:
@@ -133,7 +135,7 @@ def _scale_of(convolution: Convolution) -> Deferred | None:
 
 def _diagonal_convolution(second: Diagonal, first: Convolution) -> AffineMap | Refusal:
     if not by_channel(second.scale):
-        return _refusal("the scale behind a convolution differs between positions")
+        return refusal("the scale behind a convolution differs between positions")
     return replace(
         first,
         offset=_scale_offset(second, first),
@@ -144,7 +146,7 @@ def _diagonal_convolution(second: Diagonal, first: Convolution) -> AffineMap | R
 def _convolution_diagonal(second: Convolution, first: Diagonal) -> AffineMap | Refusal:
     pointwise = as_convolution(first)  # for the rules of what happens to the shift
     if not isinstance(pointwise, Convolution):
-        return _refusal("the scale before a convolution differs between positions")
+        return refusal("the scale before a convolution differs between positions")
     offset, weight = _merged_offset(pointwise, second), _scaled_inputs(second, first.scale)
     return replace(second, in_shape=first.in_shape, offset=offset, weight=weight)
 
@@ -168,12 +170,12 @@ def _merged_offset(first: Convolution, second: Convolution) -> Deferred | None:
         return merged_bias(bias, forward, None, settings.groups).reshape(carried.shape)
 
     carried = Deferred((settings.out_channels, *[1] * len(settings.kernel_size)), make)
-    return _sum_of_offsets(carried, second.offset)
+    return sum_of_offsets(carried, second.offset)
 
 
 def _convolution_convolution(second: Convolution, first: Convolution) -> AffineMap | Refusal:
     if len(first.settings.kernel_size) != len(second.settings.kernel_size):
-        return _refusal("the two convolutions have different numbers of axes")
+        return refusal("the two convolutions have different numbers of axes")
     merge = find_merge(first.settings, second.settings, symmetric=False)
     if isinstance(merge, Refusal):
         return merge
@@ -207,7 +209,7 @@ def _view_view(second: View, first: View) -> AffineMap:
 
 def _dense_dense(second: Dense, first: Dense) -> AffineMap | Refusal:
     if second.lead != first.lead:
-        return _refusal("two Linears work on different axes")
+        return refusal("two Linears work on different axes")
     weight = Deferred(
         (second.weight.shape[0], first.weight.shape[1]),
         lambda: second.weight.value @ first.weight.value,
@@ -225,7 +227,7 @@ def _dense_dense(second: Dense, first: Dense) -> AffineMap | Refusal:
 
         if len(first.out_shape) == len(first.lead) + 1 == len(second.out_shape):
             shape = (*own.shape[:-1], *tail)
-            offset = _sum_of_offsets(Deferred(shape, carry), second.offset)
+            offset = sum_of_offsets(Deferred(shape, carry), second.offset)
         else:
             offset = carried_offset(second, first)
     return Dense(first.in_shape, second.out_shape, offset, weight, first.lead)
@@ -243,7 +245,7 @@ def _tail(value: Deferred, affine_shape: Shape, lead: Shape) -> Tensor:
 
 def _diagonal_dense(second: Diagonal, first: Dense) -> AffineMap | Refusal:
     if not _tail_only(second.scale, first.lead):
-        return _refusal("the scale behind a Linear differs between positions")
+        return refusal("the scale behind a Linear differs between positions")
 
     def make() -> Tensor:
         return first.weight.value * _tail(second.scale, first.out_shape, first.lead).unsqueeze(1)
@@ -254,7 +256,7 @@ def _diagonal_dense(second: Diagonal, first: Dense) -> AffineMap | Refusal:
 
 def _dense_diagonal(second: Dense, first: Diagonal) -> AffineMap | Refusal:
     if not _tail_only(first.scale, second.lead):
-        return _refusal("the scale before a Linear differs between positions")
+        return refusal("the scale before a Linear differs between positions")
 
     def make() -> Tensor:
         return second.weight.value * _tail(first.scale, first.out_shape, second.lead)
@@ -271,13 +273,13 @@ def _dense_diagonal(second: Dense, first: Diagonal) -> AffineMap | Refusal:
 
 def _dense_view(second: Dense, first: View) -> AffineMap | Refusal:
     if second.lead:
-        return _refusal("a Linear works on the last axis of what is reshaped before it")
+        return refusal("a Linear works on the last axis of what is reshaped before it")
     return replace(second, in_shape=first.in_shape)
 
 
 def _view_dense(second: View, first: Dense) -> AffineMap | Refusal:
     if first.lead:
-        return _refusal("a Linear works on the last axis of what is reshaped behind it")
+        return refusal("a Linear works on the last axis of what is reshaped behind it")
     offset = first.offset
     if offset is not None:
         own = offset
@@ -324,7 +326,7 @@ def compose(second: AffineMap, first: AffineMap) -> AffineMap | Refusal:
         return first
     rule = RULES.get((type(second), type(first)))
     if rule is None:
-        return _refusal(f"{name_of(first)} and then {name_of(second)} have no form but a matrix")
+        return refusal(f"{name_of(first)} and then {name_of(second)} have no form but a matrix")
     return rule(second, first)
 
 
@@ -386,138 +388,3 @@ def as_dense(affine: AffineMap, lead: Shape) -> AffineMap:
     scale, shape = affine.scale, affine.in_shape
     weight = Deferred((size, size), lambda: torch.diag(_tail(scale, shape, lead)))
     return Dense(affine.in_shape, affine.out_shape, affine.offset, weight, lead)
-
-
-# --- several maps of one value: sums and concatenations
-
-
-def _terms(maps: list[AffineMap], dim: int | None) -> list[AffineMap]:
-    """Scales and identities in the form that the others have, where it is one."""
-    if all(isinstance(affine, Diagonal) or is_identity(affine) for affine in maps):
-        if dim is None:
-            return [_as_diagonal(affine) for affine in maps]
-        return [as_convolution(affine) for affine in maps]
-    leads = {affine.lead for affine in maps if isinstance(affine, Dense)}
-    if len(leads) == 1:
-        lead = leads.pop()
-        return [as_dense(affine, lead) for affine in maps]
-    return [as_convolution(affine) for affine in maps]
-
-
-def _as_diagonal(affine: AffineMap) -> AffineMap:
-    if not is_identity(affine):
-        return affine
-    unit = deferred_full([1] * len(affine.in_shape), 1.0)
-    return Diagonal(affine.in_shape, affine.in_shape, None, unit)
-
-
-def _aligned(maps: list[AffineMap]) -> tuple[list[Convolution], Grid] | Refusal:
-    convolutions = of_one_kind([affine for affine in maps if isinstance(affine, Convolution)])
-    grid = align(convolutions)
-    return grid if isinstance(grid, Refusal) else (convolutions, grid)
-
-
-def add(maps: list[AffineMap]) -> AffineMap | Refusal:
-    """The map `x -> sum of maps(x)`, for maps of the same shapes.
-
-    Args:
-        maps: At least one.
-
-    Returns:
-        The map; or the rule that it has no form but a matrix.
-    """
-    maps = _terms(maps, None)
-    in_shape, out_shape = maps[0].in_shape, maps[0].out_shape
-    offset = _sum_of_offsets(*(affine.offset for affine in maps))
-    if all(isinstance(affine, Diagonal) for affine in maps):
-        scales = [affine.scale for affine in maps if isinstance(affine, Diagonal)]
-        scale = _sum_of_offsets(*scales)
-        assert scale is not None
-        return Diagonal(in_shape, out_shape, offset, scale)
-    if all(isinstance(affine, Dense) for affine in maps):
-        matrices = [affine for affine in maps if isinstance(affine, Dense)]
-        weight = _sum_of_offsets(*(affine.weight for affine in matrices))
-        assert weight is not None
-        return Dense(in_shape, out_shape, offset, weight, matrices[0].lead)
-    if not all(isinstance(affine, Convolution) for affine in maps):
-        return _refusal(f"a sum of {_several(maps)} has no form but a matrix")
-    aligned = _aligned(maps)
-    if isinstance(aligned, Refusal):
-        return aligned
-    convolutions, grid = aligned
-
-    def make() -> Tensor:
-        total = placed(convolutions[0], grid, 0)
-        for n, affine in enumerate(convolutions[1:], start=1):
-            total += placed(affine, grid, n)
-        return total
-
-    weight = Deferred(weight_shape(grid.settings), make)
-    return Convolution(in_shape, out_shape, offset, grid.settings, weight)
-
-
-def _several(maps: list[AffineMap]) -> str:
-    return ", ".join(sorted({name_of(affine) for affine in maps}))
-
-
-def _stacked_offset(maps: list[AffineMap], dim: int, out_shape: Shape) -> Deferred | None:
-    offsets = [affine.offset for affine in maps]
-    if all(offset is None for offset in offsets):
-        return None
-    constant = all(offset is None or by_channel(offset) for offset in offsets) and dim == 0
-    shapes = [
-        (affine.out_shape[0], *[1] * (len(affine.out_shape) - 1)) if constant else affine.out_shape
-        for affine in maps
-    ]
-
-    def make() -> Tensor:
-        zero = torch.zeros((), dtype=torch.float64)
-        values = [zero if offset is None else offset.value for offset in offsets]
-        each = [value.expand(shape) for value, shape in zip(values, shapes, strict=True)]
-        return torch.cat(each, dim)
-
-    stacked = (out_shape[0], *[1] * (len(out_shape) - 1)) if constant else out_shape
-    return Deferred(stacked, make)
-
-
-def concatenate(maps: list[AffineMap], dim: int) -> AffineMap | Refusal:
-    """The map `x -> concatenation of maps(x)` along an axis of the sample.
-
-    Args:
-        maps: At least one, with the same shape before them.
-        dim: The axis, 0 for the channels.
-
-    Returns:
-        The map; or the rule that it has no form but a matrix.
-    """
-    maps = _terms(maps, dim)
-    in_shape = maps[0].in_shape
-    out_shape = list(maps[0].out_shape)
-    out_shape[dim] = sum(affine.out_shape[dim] for affine in maps)
-    offset = _stacked_offset(maps, dim, tuple(out_shape))
-    matrices = [affine for affine in maps if isinstance(affine, Dense)]
-    if len(matrices) == len(maps):
-        lead = matrices[0].lead
-        if len(out_shape) == len(lead) + 1 and dim == len(lead):
-            rows = sum(affine.weight.shape[0] for affine in matrices)
-            weight = Deferred(
-                (rows, matrices[0].weight.shape[1]),
-                lambda: torch.cat([affine.weight.value for affine in matrices]),
-            )
-            return Dense(in_shape, tuple(out_shape), offset, weight, lead)
-    if dim != 0 or not all(isinstance(affine, Convolution) for affine in maps):
-        return _refusal(f"a concatenation of {_several(maps)} has no form but a matrix")
-    # On the grid all must put out as many channels; only positions count there.
-    aligned = _aligned(maps)
-    if isinstance(aligned, Refusal):
-        return aligned
-    convolutions, grid = aligned
-    settings = grid.settings._replace(groups=1, out_channels=out_shape[0])
-    grid = Grid(settings, grid.places)
-    side = 1 if settings.transposed else 0
-
-    def make() -> Tensor:
-        return torch.cat([placed(a, grid, n) for n, a in enumerate(convolutions)], side)
-
-    weight = Deferred(weight_shape(settings), make)
-    return Convolution(in_shape, tuple(out_shape), offset, settings, weight)

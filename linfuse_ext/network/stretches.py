@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch.fx import GraphModule, Node
 
+from . import readers  # noqa: F401  (fills the table of operations)
 from .constants import Constants
 from .maps import AffineMap, Convolution
 from .operations import Join, read

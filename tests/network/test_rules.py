@@ -13,6 +13,7 @@ from torch import Tensor
 from linfuse_ext.composition import Conv, Refusal
 from linfuse_ext.geometry import make_geometry, make_settings
 from linfuse_ext.network.alignment import align, symmetric
+from linfuse_ext.network.joins import add, concatenate
 from linfuse_ext.network.maps import (
     AffineMap,
     Convolution,
@@ -24,7 +25,7 @@ from linfuse_ext.network.maps import (
     dense,
     identity,
 )
-from linfuse_ext.network.rules import RULES, add, compose, concatenate
+from linfuse_ext.network.rules import RULES, compose
 
 
 def random(*shape: int) -> Tensor:
