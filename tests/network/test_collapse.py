@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import json
 from typing import Any
@@ -251,6 +253,117 @@ def test_tied_weights_stay_tied_where_they_stay() -> None:
     out = lf.collapse(model, torch.rand(2, 4))
     assert len(list(out.model.parameters())) == 2
     assert_equal(model, out, torch.rand(3, 4))
+
+
+class Counts(nn.Module):
+    """Writes to a buffer at each call, and to one that scales what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(3))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.linear(self.linear(x * self.calls))
+
+
+def test_buffers_that_are_written_to_are_no_constants_and_keep_counting() -> None:
+    model = Counts().eval()
+    out = lf.collapse(model, torch.rand(2, 3))
+    assert model.calls.tolist() == [0, 0, 0]
+    x = torch.rand(4, 3)
+    for _ in range(3):
+        assert_equal(model, out, x)
+    assert out.model.calls.tolist() == [3, 3, 3]
+
+
+class DenseBlock(nn.Module):
+    """Every layer reads all values before it: none is used by one layer only."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4 * (n + 1), 4) for n in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for layer in self.layers:
+            values.append(layer(torch.cat(values, 1)))
+        return torch.cat(values, 1)
+
+
+def test_a_net_of_shared_values_is_one_layer_where_all_of_it_ends_in_one() -> None:
+    model = DenseBlock(4).eval()
+    out = lf.collapse(model, torch.rand(2, 4), policy="always")
+    assert layers_of(out.model) == ["Linear"]
+    assert_equal(model, out, torch.rand(3, 4))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+        self.two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_a_net_that_stays_is_merged_inside() -> None:
+    model = Branches().eval()
+    out = lf.collapse(model, torch.rand(2, 2, 4, 4), max_bytes=0)
+    verdicts = [(row.layers, row.verdict) for row in out.report]
+    assert (("one.0", "one.1"), "fused") in verdicts and verdicts[-1][1] == "refused"
+    assert sorted(layers_of(out.model)) == ["Conv2d", "Linear"]
+    assert_equal(model, out, torch.rand(3, 2, 4, 4))
+
+
+def test_deep_networks_take_seconds() -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(100))).eval()
+    out = lf.collapse(model, torch.rand(2, 6))
+    assert layers_of(out.model) == ["Linear"]
+
+
+def test_the_result_copies_and_pickles() -> None:
+    out = lf.collapse(cryptonet(), torch.rand(2, *DIGITS))
+    x = torch.rand(3, *DIGITS)
+    file = io.BytesIO()
+    torch.save(out.model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(out.model), torch.load(file, weights_only=False)):
+        assert torch.equal(again(x), out.model(x))
+
+
+def test_sizes_of_a_value_are_no_use_of_it() -> None:
+    class Shapes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(48, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            flat = y.flatten(1)
+            return self.linear((flat * 2).reshape_as(flat).view(y.size(0), -1))
+
+    model = Shapes().eval()
+    out = lf.collapse(model, torch.rand(2, 2, 6, 6))
+    assert layers_of(out.model) == ["Linear"]
+    assert_equal(model, out, torch.rand(3, 2, 6, 6))
+
+
+def test_a_weight_that_the_model_rounds_is_merged_as_it_rounds_it() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # In float64 the quotients would be on the other side of one half.
+            self.weight = nn.Parameter(torch.tensor([[0.05, 0.15], [0.25, 0.35]]))
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(nn.functional.linear(x, torch.round(self.weight / 0.1) * 0.1))
+
+    model = Rounded().eval()
+    assert_equal(model, lf.collapse(model, torch.rand(2, 2)), torch.rand(4, 2), bound=1e-6)
 
 
 def test_a_report_is_a_sequence_a_table_and_json() -> None:
