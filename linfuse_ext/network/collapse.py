@@ -110,7 +110,6 @@ def collapse(
     constants = Constants(captured.module)
     graph = Graph(captured.module, constants)
     if drop_nothing(captured.module, graph):
-        captured.module.recompile()
         graph = Graph(captured.module, constants)
     planner = Planner(graph, policy, max_bytes)
     cuts = planner.plan()
@@ -246,19 +245,17 @@ class _Rows:
         yield Row(names, "refused", reason, flops, flops, params, params)
 
     def _layers_before(self, step: Step) -> list[Step]:
-        """The last layers that a value comes from, looking past what only moves or adds."""
-        found: list[Step] = []
-        todo, seen = [step], {step.node}
-        while todo:
-            step = todo.pop()
-            if step.multiplies:
-                found.append(step)
-                continue
-            for operand, _ in step.operands:
-                if operand in self._graph.steps and operand not in seen:
-                    seen.add(operand)
-                    todo.append(self._graph.steps[operand])
-        return found[::-1]
+        """The layers that a value comes from, looking past what only moves; up to the next sum."""
+        if step.multiplies:
+            return [step]
+        found = []
+        for operand, _ in step.operands:
+            before = self._graph.steps.get(operand)
+            while before is not None and not before.multiplies:
+                before = None if before.join else self._graph.steps.get(before.operands[0][0])
+            if before is not None:
+                found.append(before)
+        return found
 
 
 def _described(made: Made) -> str:

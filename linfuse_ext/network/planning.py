@@ -41,7 +41,7 @@ class Weight(NamedTuple):
 
 _NO_WEIGHT = Weight(NOTHING, 0, 0)
 _KEYS: dict[str, Callable[[Weight], tuple[int, ...]]] = {
-    "cheaper": lambda w: (w.cost.flops, w.cost.params, w.layers, w.nodes),
+    "cheaper": lambda w: (w.cost.flops, w.cost.params),
     "always": lambda w: (w.layers, w.cost.flops, w.cost.params, w.nodes),
 }
 _KEYS["never"] = _KEYS["cheaper"]

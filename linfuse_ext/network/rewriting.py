@@ -197,6 +197,7 @@ class Rewriter:
             if not node.users and node.op != "output" and _may_go(node):
                 graph.erase_node(node)
         root = nn.Module()
+        self._yield_names()
         for name, layer in self._layers.items():
             _put(root, name, layer)
         shared: dict[int, Tensor] = {}
@@ -207,6 +208,27 @@ class Rewriter:
         graph._tracer_cls = None  # that of torch.export cannot load a pickle
         result = GraphModule(root, graph, class_name="Collapsed")
         return result.eval()
+
+    def _yield_names(self) -> None:
+        """Renames merged layers that have the path of a module of which something is still used."""
+        graph = self._module.graph
+        held = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+        for name in list(self._layers):
+            inside = [path.removeprefix(f"{name}.") for path in held if path.startswith(f"{name}.")]
+            kept = (attribute(self._module, f"{name}.{rest}") for rest in inside)
+            layer = self._layers[name]
+            if all(
+                _has(layer, r) and attribute(layer, r) is k
+                for r, k in zip(inside, kept, strict=True)
+            ):
+                continue
+            count = 2
+            while f"{name}_{count}" in self._layers or f"{name}_{count}" in held:
+                count += 1
+            self._layers[f"{name}_{count}"] = self._layers.pop(name)
+            for node in graph.nodes:
+                if node.op == "call_module" and node.target == name:
+                    node.target = f"{name}_{count}"
 
 
 def _may_go(node: Node) -> bool:
@@ -289,4 +311,7 @@ def drop_nothing(module: GraphModule, graph: Graph) -> bool:
         step.node.replace_all_uses_with(stays[step.node])
     for step in reversed(found):
         module.graph.erase_node(step.node)
+    if found:  # what only led there
+        module.graph.eliminate_dead_code()
+        module.recompile()
     return bool(found)

@@ -366,6 +366,49 @@ def test_a_weight_that_the_model_rounds_is_merged_as_it_rounds_it() -> None:
     assert_equal(model, lf.collapse(model, torch.rand(2, 2)), torch.rand(4, 2), bound=1e-6)
 
 
+def test_a_merged_layer_yields_its_name_to_what_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+            self.bn.running_mean.normal_()
+            self.bn.weight.data.normal_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(x)
+            return torch.stack([self.bn(y) + 2 * y, y, x], 1)
+
+    model = Shared().eval()
+    out = lf.collapse(model, torch.rand(2, 4, 3))
+    assert [row.verdict for row in out.report].count("fused") == 1
+    assert "bn_2" in dict(out.model.named_children()) and "bn.weight" in out.model.state_dict()
+    assert_equal(model, out, torch.rand(5, 4, 3))
+
+
+def test_a_merge_that_saves_nothing_is_not_made() -> None:
+    model = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(2, 2, 3)).eval()
+    out = lf.collapse(model, torch.rand(2, 2, 4, 4))
+    assert list(out.report) == [] and layers_of(out.model)[-1] == "Conv2d"
+    out = lf.collapse(model, torch.rand(2, 2, 4, 4), policy="always")
+    assert out.report[0].verdict == "fused"
+    (conv,) = (m for m in out.model.modules() if isinstance(m, nn.Conv2d))
+    assert conv.padding == (1, 1)
+
+
+def test_what_nothing_uses_is_not_reported() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(2, 1), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.dropout(self.linear(2 * x))
+            return x + 1
+
+    out = lf.collapse(Dead().eval(), torch.rand(2, 2))
+    assert list(out.report) == [] and layers_of(out.model) == ["Collapsed"]
+
+
 def test_a_report_is_a_sequence_a_table_and_json() -> None:
     report = lf.collapse(cryptonet(), torch.rand(2, *DIGITS)).report
     assert len(report) == 1 and report[:1] == (report[0],) and list(report) == [report[0]]
