@@ -13,8 +13,9 @@
     lf.save_matrix(path, conv, input_size)         a matrix larger than memory, to a file
     lf.collapse(model, example_inputs)             a whole network
 
-`linfuse_ext.functional` has the same on tensors, differentiable. `python -m linfuse_ext info` says
-what is installed and whether it fits the machine.
+`linfuse_ext.functional` has the same on tensors, differentiable. The command `linfuse`, or `python
+-m linfuse_ext`, works on exported archives; `linfuse info` says what is installed and whether it
+fits the machine.
 """
 
 from . import _loader
