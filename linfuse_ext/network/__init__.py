@@ -11,6 +11,7 @@
 - stretches: which nodes can become one: single source, nothing inside is used elsewhere
 - nets: a link of a stretch -> maps
 - planning: which neighbours to merge, by cost
+- modules, naming: where a node is from, and what things are called
 - rewriting: the merged layers, and the network with them
 - measuring: how far a merged layer is from what it replaces
 - report: what was done, and why the rest was not

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -182,10 +183,29 @@ def _graph_of(program: ExportedProgram) -> GraphModule:
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in program.graph.nodes
     )
-    program = program.run_decompositions({}) if writes else program
+    if writes:
+        with _dropouts_as_aliases(program):
+            program = program.run_decompositions({})
     module = program.module()
     assert isinstance(module, GraphModule)
     return module
+
+
+@contextmanager
+def _dropouts_as_aliases(program: ExportedProgram) -> Iterator[None]:
+    """In eval mode dropout returns its argument; torch's functionalisation takes it for a copy."""
+    found = [
+        (node, node.args)
+        for node in program.graph.nodes
+        if node.target is _ATEN.dropout.default and node.args[2:] == (False,)
+    ]
+    try:
+        for node, arguments in found:
+            node.target, node.args = _ATEN.alias.default, arguments[:1]
+        yield
+    finally:
+        for node, arguments in found:
+            node.target, node.args = _ATEN.dropout.default, arguments
 
 
 def input_leaves(module: GraphModule, arguments: Any, keywords: Any) -> list[Any]:

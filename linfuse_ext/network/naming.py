@@ -7,19 +7,17 @@ from collections.abc import Container, Iterable
 from torch.fx import Node
 
 from .maps import View
+from .modules import module_of
 from .stretches import Step
 
 
 def qualified_name(node: Node) -> str:
     """The path of the module that is this operation, or that path and the node's own name."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
-    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-    path = path.removeprefix("L['self'].").removeprefix("L['self']")
+    path, kind = module_of(node)
     # A layer of torch is one operation; any other module holds several.
     own = kind.startswith("torch.nn.") and not kind.startswith("torch.nn.modules.container")
     if own and path:
-        return str(path)
+        return path
     return f"{path}.{node.name}" if path else node.name
 
 

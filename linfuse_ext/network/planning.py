@@ -181,7 +181,7 @@ class Planner:
         if form is None:
             form = self._forms(links)[0, len(links)]
         layers, refusals = [], []
-        small = form if isinstance(form, Refusal) else _as_layer(form)
+        small = form if isinstance(form, Refusal) else as_layer(form)
         if isinstance(small, Refusal):
             refusals.append(small.rule)
         elif not small.is_matrix:
@@ -242,7 +242,7 @@ def _bytes(count: int) -> str:
     return f"{size:.3g} {unit}"
 
 
-def _as_layer(form: AffineMap) -> Layer | Refusal:
+def as_layer(form: AffineMap) -> Layer | Refusal:
     """A small form as a layer of torch."""
     if isinstance(form, Diagonal):
         pointwise = as_convolution(form)
@@ -265,15 +265,7 @@ def by_channel_only(form: AffineMap) -> bool:
 
 
 def _weight_of(form: AffineMap) -> Weight:
-    """The nodes are those that a second pass over the result would find."""
-    if isinstance(form, View):
-        return _NO_WEIGHT
-    nodes = 1
-    if isinstance(form, Convolution) and not by_channel_only(form):
-        nodes = 2
-    if isinstance(form, Diagonal):
-        nodes = 1 if form.offset is None else 2
-    return Weight(cost_of(form), 1, nodes)
+    return _NO_WEIGHT if isinstance(form, View) else Weight(cost_of(form), 1, 1)
 
 
 def _as_it_is(step: Step) -> Weight:

@@ -14,8 +14,9 @@ from ..modules import _make_conv, _make_linear
 from .constants import Constants, attribute
 from .layers import BiasMap, ScaleShift
 from .maps import Convolution, Dense, Diagonal, Shape, View, dense
+from .modules import module_of
 from .naming import merged_name
-from .planning import Layer, Segment
+from .planning import Layer, Segment, as_layer
 from .rules import by_channel
 from .stretches import Graph, Step
 
@@ -52,12 +53,15 @@ def make_layer(segment: Segment, constants: Constants) -> Made:
     Returns:
         The layer, in eval mode.
     """
-    layer = segment.layer
-    assert layer is not None
-    value = segment.start.meta["val"]
+    assert segment.layer is not None
+    return _made_of(segment.layer, segment.start, segment.steps, constants)
+
+
+def _made_of(layer: Layer, start: Node, steps: list[Step], constants: Constants) -> Made:
+    value = start.meta["val"]
     grads = any(
         constants.requires_grad(source)
-        for step in segment.steps
+        for step in steps
         for source in step.node.all_input_nodes
         if source in constants
     )
@@ -127,10 +131,13 @@ class Rewriter:
 
     def replace(self, segment: Segment, made: Made) -> None:
         """Puts a merged layer in the place of its run."""
-        graph, end = self._module.graph, segment.end
         name = merged_name(segment.steps, self._layers)
+        self._replace(segment.start, segment.end, made, name)
+
+    def _replace(self, start: Node, end: Node, made: Made, name: str) -> None:
+        graph = self._module.graph
         with graph.inserting_before(end):
-            value = self._now.get(segment.start, segment.start)
+            value = self._now.get(start, start)
             if made.flat and len(made.in_shape) != 1:
                 value = _reshaped(graph, value, (math.prod(made.in_shape),))
             if made.module is not None:
@@ -148,8 +155,14 @@ class Rewriter:
         self._now[old] = new
 
     def keep(self, step: Step) -> None:
-        """Puts the layer of torch in the place of a convolution or Linear that stays."""
+        """Puts a layer in the place of a convolution or Linear that stays, or of our own layers."""
         maps = step.operands[0][1]
+        if self._graph.is_own_layer(step):
+            layer = as_layer(maps[0])
+            assert isinstance(layer, Layer), "it was one before"
+            made = _made_of(layer, step.operands[0][0], [step], self._constants)
+            self._replace(step.operands[0][0], step.node, made, module_of(step.node)[0])
+            return
         if step.join is not None or len(maps) != 1:
             return
         affine, node = maps[0], step.node

@@ -12,11 +12,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch.fx import GraphModule, Node
 
+from ..composition import Refusal
 from . import readers  # noqa: F401  (fills the table of operations)
 from .constants import Constants
-from .maps import AffineMap, Convolution
+from .maps import AffineMap, identity
+from .modules import module_of
 from .operations import Join, read
 from .rules import compose
 
@@ -69,7 +72,7 @@ class Graph:
                     _count_parameters(node, constants),
                     reading.multiplies,
                 )
-        self._folded = _fold_padding_modes(self.steps)
+        self._folded = _fold_layers(self.steps)
         self._dominator: dict[Node, Node | None] = {}
         self._depth: dict[Node, int] = {}
         for node, step in self.steps.items():
@@ -109,7 +112,16 @@ class Graph:
     def _is_closed(self, start: Node, end: Node) -> bool:
         inside = self._between(start, end)
         users = (user for node in inside if node is not end for user in node.users)
-        return all(self._folded.get(user, user) in inside for user in users)
+        return all(self._step_of(user) in inside for user in users)
+
+    def _step_of(self, node: Node) -> Node:
+        while node in self._folded:
+            node = self._folded[node]
+        return node
+
+    def is_own_layer(self, step: Step) -> bool:
+        """Whether a step is a layer of this package, which export took apart."""
+        return module_of(step.node)[1] in _OWN_LAYERS and step.node in self._folded.values()
 
     def stretch(self, end: Node) -> Stretch | None:
         """The longest stretch that ends with this step; None where its operands meet no more."""
@@ -132,36 +144,52 @@ class Graph:
         return Link(start, end, [self.steps[node] for node in inside])
 
 
-def _fold_padding_modes(steps: dict[Node, Step]) -> dict[Node, Node]:
-    """Puts back what export took apart: a convolution that pads in another way than with zeros.
+_OWN_LAYERS = ("linfuse_ext.network.layers.BiasMap", "linfuse_ext.network.layers.ScaleShift")
+
+
+def _fold_layers(steps: dict[Node, Step]) -> dict[Node, Node]:
+    """Puts back what export took apart: padding that repeats the input, and this package's layers.
 
     Returns:
-        For each padding that is no step of its own now, the convolution that it belongs to.
+        For each node that is no step of its own now, the one that it went into.
     """
     folded: dict[Node, Node] = {}
     for node, step in list(steps.items()):
         before = steps.get(step.operands[0][0])
         if before is None or len(before.node.users) > 1 or before.join or step.join:
             continue
-        path = _module_path(node)
-        if path is None or path != _module_path(before.node):
+        if not _are_one_layer(before.node, node):
             continue
-        maps = [*before.operands[0][1], *step.operands[0][1]]
-        if [type(affine) for affine in maps] != [Convolution, Convolution]:
+        layer: AffineMap | Refusal = identity(before.operands[0][1][0].in_shape)
+        for affine in (*before.operands[0][1], *step.operands[0][1]):
+            layer = layer if isinstance(layer, Refusal) else compose(affine, layer)
+        if isinstance(layer, Refusal):
             continue
-        layer = compose(maps[1], maps[0])
-        if isinstance(layer, Convolution) and layer.settings.padding_mode != "zeros":
-            steps[node] = step._replace(operands=[(before.operands[0][0], [layer])])
-            del steps[before.node]
-            folded[before.node] = node
+        steps[node] = step._replace(
+            operands=[(before.operands[0][0], [layer])],
+            flops=before.flops + step.flops,
+            params=before.params + step.params,
+            multiplies=before.multiplies or step.multiplies,
+        )
+        del steps[before.node]
+        folded[before.node] = node
     return folded
 
 
-def _module_path(node: Node) -> str | None:
-    """The path of the convolution layer that a node is from, if it is from one."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else (None, "")
-    return path if ".conv." in str(kind) else None
+def _are_one_layer(before: Node, node: Node) -> bool:
+    path, kind = module_of(node)
+    inner, _ = module_of(before)
+    if kind in _OWN_LAYERS:
+        return inner == path or inner.startswith(f"{path}.")
+    padded = before.target in _PADDING and ".conv." in kind
+    return padded and inner == path
+
+
+_PADDING = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default} | {
+    getattr(torch.ops.aten, f"{kind}_pad{n}d").default
+    for kind in ("reflection", "replication")
+    for n in (1, 2, 3)
+}
 
 
 def _count_parameters(node: Node, constants: Constants) -> int:
