@@ -51,7 +51,9 @@ def reads(*names: str) -> Callable[[Reader], Reader]:
 
     def enter(reader: Reader) -> Reader:
         for name in names:
-            READERS[getattr(torch.ops.aten, name)] = reader
+            packet = getattr(torch.ops.aten, name, None)
+            if packet is not None:  # not every release of torch has all of them
+                READERS[packet] = reader
         return reader
 
     return enter

@@ -409,6 +409,38 @@ def test_what_nothing_uses_is_not_reported() -> None:
     assert list(out.report) == [] and layers_of(out.model) == ["Collapsed"]
 
 
+class Everything(nn.Module):
+    """Every kind of merge: by rules, into matrices, through operators, with maps of biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.shuffle = nn.PixelShuffle(2)
+        self.pad = nn.ConstantPad2d((1, 0, 2, 1), 3.0)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.three, self.head = nn.Conv2d(1, 2, 3, stride=2), nn.Linear(128, 5)
+        self.register_buffer("order", torch.tensor([3, 1, 2, 0]))
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.two(self.one(x[:, self.order]))) + self.scale * x
+        y = self.shuffle(y).relu()
+        return self.head(self.three(self.up(self.pad(y)).flip(2)).flatten(1))
+
+
+@pytest.mark.parametrize("policy", ["cheaper", "always"])
+def test_merges_are_made_where_the_model_is(device: str, policy: str) -> None:
+    torch.manual_seed(0)
+    model = Everything().to(device).double().eval()
+    x = torch.rand(2, 4, 3, 4, dtype=torch.float64, device=device)
+    out = lf.collapse(model, x, policy=policy)
+    assert {tensor.device for tensor in out.model.state_dict().values()} == {x.device}
+    assert len([row for row in out.report if row.verdict == "fused"]) == 2
+    y = torch.rand(5, 4, 3, 4, dtype=torch.float64, device=device)
+    assert_equal(model, out, y, bound=1e-12)
+
+
 def test_a_report_is_a_sequence_a_table_and_json() -> None:
     report = lf.collapse(cryptonet(), torch.rand(2, *DIGITS)).report
     assert len(report) == 1 and report[:1] == (report[0],) and list(report) == [report[0]]

@@ -137,6 +137,7 @@ ONE_OPERATION = [
     case("index_select", lambda x, i: x.index_select(1, i), IMAGE, Convolution,
          torch.tensor([2, 0, 2])),
     case("index", lambda x, i: x[:, :, i], IMAGE, Operator, torch.tensor([2, 0])),
+    case("index_of_channels", lambda x, i: x[:, i], IMAGE, Convolution, torch.tensor([2, 0])),
     case("flip", lambda x: x.flip(2, 3), IMAGE, Operator),
     case("flip_of_channels", lambda x: x.flip(1), IMAGE, Convolution),
     case("roll", lambda x: x.roll(1, 2), IMAGE, Operator),

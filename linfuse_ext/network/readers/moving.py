@@ -126,7 +126,7 @@ def _index(call: Call) -> Reading | None:
     given = [n for n, index in enumerate(indices) if index is not None]
     if given != list(range(given[0], given[-1] + 1)):
         return None  # torch then puts what they choose in front of the batch
-    return call.moved()
+    return _chosen_channels(call, call.in_shape) if given == [1] else call.moved()
 
 
 @reads("expand", "repeat", "tile")
