@@ -18,7 +18,7 @@ def main() -> int:
     """Runs pytest on this folder, then makes the report; pytest's exit status is the result."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="a few layers: minutes instead of twelve"
+        "--quick", action="store_true", help="a few layers: four minutes instead of fourteen"
     )
     parser.add_argument("-k", metavar="EXPR", help="only these, as pytest's -k")
     parser.add_argument("--growth", action="store_true", help="the growth sweeps too, with -k")

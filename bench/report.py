@@ -19,7 +19,8 @@ from rich.table import Table
 from bench import growth_plot, machine, plot
 from bench.bounds import judge
 from bench.cases import OURS
-from bench.rows import Row, document, make_row
+from bench.collapse_cases import COLLAPSE
+from bench.rows import Row, document, make_row, network_rows
 from bench.tables import bounds_table, markdown
 
 __all__ = ["LAST", "RESULTS", "Row", "document", "make_row", "write"]
@@ -113,9 +114,12 @@ def from_pytest(raw: Mapping[str, Any], folder: Path, **on_cpu: Any) -> list[Pat
         else:
             _, medians = groups.setdefault(entry["group"], (facts, {}))
             medians[facts["entrant"]] = stats["median"]
-    rows = [make_row(facts, medians) for facts, medians in groups.values() if OURS in medians]
+    measured = [group for group in groups.values() if OURS in group[1]]
+    rows = [make_row(*group) for group in measured if group[0]["op"] != COLLAPSE]
+    if networks := network_rows(group for group in measured if group[0]["op"] == COLLAPSE):
+        on_cpu[COLLAPSE] = networks
     written = []
-    for device in dict.fromkeys(row["device"] for row in rows):
+    for device in dict.fromkeys(row["device"] for row in [*rows, *networks]):
         of_device = [row for row in rows if row["device"] == device]
         more = {"peak_gflops": peaks, **on_cpu} if device == "cpu" else {}
         doc = document(device, of_device, rates.get(device, {}), **more)

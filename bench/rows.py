@@ -8,6 +8,7 @@ from typing import Any
 
 from bench import machine
 from bench.cases import ENGINES, FLOOR, OURS
+from bench.collapse_cases import CAPTURE
 from bench.ops import FUSE, MATRIX, OPS
 
 Row = dict[str, Any]
@@ -38,6 +39,25 @@ def make_row(facts: Mapping[str, Any], medians: Mapping[str, float]) -> Row:
         row |= {"peer": peer, "peer_ms": ms[peer], "ratio": ms[peer] / ours}
     row["all_peers_ms"] = ms
     return row
+
+
+def network_rows(groups: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]]) -> list[Row]:
+    """One row for every network that is collapsed, from its groups.
+
+    Args:
+        groups: Facts of each, and seconds by entrant; ours among them.
+    """
+    rows: dict[str, Row] = {}
+    for facts, medians in groups:
+        known = {k: v for k, v in facts.items() if k not in ("op", "batch", "entrant")}
+        row = rows.setdefault(facts["network"], {**known, "latency_ms": {}})
+        ms = {name: seconds * 1e3 for name, seconds in medians.items()}
+        ours = ms.pop(OURS)
+        if "batch" in facts:
+            row["latency_ms"][str(facts["batch"])] = {"after": ours, **ms}
+        else:
+            row |= {"merge_ms": ours, "capture_ms": ms.get(CAPTURE)}
+    return list(rows.values())
 
 
 def geometric_mean(values: Iterable[float]) -> float:

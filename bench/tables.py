@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bench.bounds import Bound, call_rows
+from bench.collapse_cases import BEFORE, COLLAPSE, FX_FUSE
 from bench.ops import OPS
 from bench.rows import Row
 
@@ -98,6 +99,41 @@ def _call_table(rows: list[Row]) -> list[str]:
     return table(head, lines, words=3)
 
 
+def _change(of: Mapping[str, float], write: Callable[[float], str]) -> str:
+    return f"{write(of['before'])} -> {write(of['after'])}"
+
+
+def _network_table(rows: list[Row]) -> list[str]:
+    """What collapsing a network takes, and what is left of it."""
+    lines = [
+        [
+            row["network"], " x ".join(map(str, row["input"])),
+            number(row.get("capture_ms")), number(row.get("merge_ms")),
+            " / ".join(str(row[verdict]) for verdict in ("fused", "declined", "refused")),
+            _change(row["operations"], str), _change(row["parameters"], "{:,}".format),
+            _change(row["mflop"], number), _change(row["error"], "{:.0e}".format),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["network", "input", "capture ms", "merge ms", "fused / declined / refused",
+            "operations", "parameters", "MFLOP a sample", "error"]  # fmt: skip
+    return table(head, lines)
+
+
+def _latency_table(rows: list[Row]) -> list[str]:
+    """How long a network takes before and after."""
+    lines = []
+    for row in rows:
+        for batch, ms in row["latency_ms"].items():
+            after, others = ms["after"], (ms.get(BEFORE), ms.get(FX_FUSE))
+            line = [row["network"], batch, *map(number, (others[0], after, others[1]))]
+            line += ["-" if other is None else f"{other / after:.2f}x" for other in others]
+            lines.append(line)
+    head = ["network", "batch", "before ms", "collapsed ms", "fx fuse ms", "before over it",
+            "fx fuse over it"]  # fmt: skip
+    return table(head, lines, words=1)
+
+
 def bounds_table(bounds: Iterable[Bound]) -> list[str]:
     """One line for every bound."""
     held = {True: "held", False: "NOT HELD", None: "-"}
@@ -169,6 +205,8 @@ def markdown(doc: Mapping[str, Any]) -> tuple[str, str]:
         lines += ["## Each side of the choice of engine", "", *_engine_table(both)]
     if calls := call_rows(doc):
         lines += ["## What one call costs", "", *_call_table(calls)]
+    if networks := doc.get(COLLAPSE):
+        lines += [f"## {COLLAPSE}", "", *_network_table(networks), *_latency_table(networks)]
     if doc["summary"]:
         lines += ["## Geometric means", "", *_summary_lines(doc["summary"])]
     details = ["## How many times longer than ours each way takes", ""]

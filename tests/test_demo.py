@@ -46,10 +46,12 @@ def numbers(demo):
     return json.loads((demo[1] / "numbers.json").read_text())
 
 
-def test_prints_both_tables(demo):
+def test_prints_its_tables(demo):
     printed, _ = demo
+    assert "What collapse did" in printed
+    assert "│ pool1  │ fused" in printed
     assert "The network, before and after" in printed
-    assert "Making the fused layer" in printed
+    assert "Making one Linear of the forum's two layers" in printed
     assert "450 of 450" in printed
 
 
@@ -67,7 +69,7 @@ def test_pictures_show_something(demo, name):
     assert len(sample.unique(dim=0)) > 20  # colours, and letters with smooth edges
 
 
-def test_fusing_keeps_every_prediction(numbers):
+def test_collapsing_keeps_every_prediction(numbers):
     for agreement in numbers["agreement"].values():
         assert agreement["same_predictions"] == agreement["digits"] == 450
     networks = numbers["networks"]
@@ -77,8 +79,8 @@ def test_fusing_keeps_every_prediction(numbers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_differ_by_rounding_only(numbers, dtype):
     agreement = numbers["agreement"][str(dtype).removeprefix("torch.")]
-    # A logit is sums of 25, 125, 1250 and 100 products, one in the other; each addition rounds.
-    terms = 25 + 125 + 1250 + 100
+    # A logit is sums of 25, 9, 125, 9, 1250 and 100 terms, one in the other; each addition rounds.
+    terms = 25 + 9 + 125 + 9 + 1250 + 100
     tolerance = terms * torch.finfo(dtype).eps * agreement["largest_logit"]
     assert 0 < agreement["largest_logit"] < 1000
     assert agreement["difference"] <= tolerance
@@ -88,14 +90,44 @@ def test_network_learns_to_read(numbers):
     assert numbers["networks"]["before"]["right"] >= 0.9 * 450
 
 
-def test_fused_network_costs_less(numbers):
+def test_all_between_the_squares_becomes_one_linear(numbers):
+    networks = numbers["networks"]
+    first, last = "Conv(1, 5) → x² → ", " → x² → Linear(100, 10)"
+    middle = "pool → Conv(5, 50) → pool → Linear(1250, 100)"
+    assert networks["before"]["layers"] == first + middle + last
+    assert networks["after"]["layers"] == first + "Linear(845, 100)" + last
+    assert (networks["before"]["depth"], networks["after"]["depth"]) == (8, 5)
+
+
+def test_collapsed_network_costs_less(numbers):
     before, after = numbers["networks"]["before"], numbers["networks"]["after"]
     outer = 25 * 5 * 13**2 + 5 * 13**2 + 100 + 100 * 10  # first layer, two squares, last layer
+    # The pools are sums: they multiply nothing.
     assert before["multiplications"] == outer + 5 * 50 * 25 * 5**2 + 1250 * 100
     assert after["multiplications"] == outer + 845 * 100
     assert (before["levels"], after["levels"]) == (6, 5)
     saved = (5 * 25 + 1) * 50 + (1250 + 1) * 100 - (845 + 1) * 100
     assert before["parameters"] - after["parameters"] == saved
+
+
+def test_report_follows_from_the_sizes(numbers):
+    collapse = numbers["collapse"]
+    (row,) = collapse["rows"]
+    assert (row["verdict"], row["layers"]) == ("fused", ["pool1", "conv2", "pool2", "hidden"])
+    pools = 9 * 845 + 9 * 1250  # 3 x 3 at each position
+    conv, hidden = (2 * 125 + 1) * 1250, (2 * 1250 + 1) * 100  # a product and a sum, and a bias
+    assert row["flops_before"] == pools + conv + hidden
+    assert row["flops_after"] == (2 * 845 + 1) * 100
+    assert row["params_before"] == (5 * 25 + 1) * 50 + (1250 + 1) * 100
+    assert row["params_after"] == (845 + 1) * 100
+    assert collapse["totals"] == {
+        "fused": 1,
+        "declined": 0,
+        "refused": 0,
+        "flops_saved": row["flops_before"] - row["flops_after"],
+        "params_saved": row["params_before"] - row["params_after"],
+    }
+    assert 0 < row["error"] <= 845 * torch.finfo(torch.float32).eps  # a sum of 845 products
 
 
 def test_every_way_to_fuse_gives_the_same_layer(numbers):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cryptonets.data import Digits
-from cryptonets.network import describe, levels, multiplications, parameters
+from cryptonets.network import describe, levels, multiplications, parameters, steps
 from cryptonets.timing import medians
 from cryptonets.ways import WAYS, Size, by_one_hot_images
 
@@ -20,6 +20,7 @@ class NetworkFacts:
     """One network, on the test digits."""
 
     layers: str
+    depth: int  # layers in a row
     multiplications: int  # for one image
     levels: int  # multiplications in a row
     parameters: int
@@ -48,7 +49,7 @@ class WayFacts:
 
 @torch.inference_mode()
 def measure_networks(
-    networks: dict[str, nn.Sequential], digits: Digits, *, seconds: float
+    networks: dict[str, nn.Module], digits: Digits, *, seconds: float
 ) -> dict[str, NetworkFacts]:
     """Facts of each network by name; timing takes `2 * seconds` for each."""
     images, labels = digits.test_images, digits.test_labels  # [M, 1, 28, 28], [M]
@@ -56,11 +57,13 @@ def measure_networks(
         medians({name: partial(net, x) for name, net in networks.items()}, seconds=seconds)
         for x in (images[:1], images)
     )
+    computed = {name: steps(network, images[0]) for name, network in networks.items()}
     return {
         name: NetworkFacts(
-            layers=describe(network),
-            multiplications=multiplications(network, images[0]),
-            levels=levels(network),
+            layers=describe(computed[name]),
+            depth=len(computed[name]),
+            multiplications=multiplications(computed[name]),
+            levels=levels(computed[name]),
             parameters=parameters(network),
             right=int((network(images).argmax(dim=1) == labels).sum()),
             seconds_alone=alone[name],

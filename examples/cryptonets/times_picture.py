@@ -27,7 +27,7 @@ class Bar(NamedTuple):
 def draw_times(
     ways: dict[str, WayFacts], networks: dict[str, NetworkFacts], threads: int, path: Path
 ) -> None:
-    """Draws how long it takes to fuse, and to run the network before and after."""
+    """Draws how long it takes to fuse two layers, and to run the network before and after."""
     *others, ours = ways
     making = [
         Bar(name, ways[name].seconds, f"{ratio(ways[name].seconds, ways[ours].seconds)} as long")
@@ -38,14 +38,14 @@ def draw_times(
     running = []
     for load, field in (("an image alone", "seconds_alone"), ("in a batch", "seconds_in_batch")):
         old, new = (getattr(networks[name], field) for name in ("before", "after"))
-        running.append(Bar(f"{load}, two layers", old, f"{ratio(old, new)} as long"))
-        running.append(Bar(f"{load}, fused", new, ours=True))
+        running.append(Bar(f"{load}, as trained", old, f"{ratio(old, new)} as long"))
+        running.append(Bar(f"{load}, collapsed", new, ours=True))
 
     page = Canvas(1600, 860)
     page.text(70, 72, "What fusing costs, and what it saves", 17, weight="bold")
     where = f"{threads} CPU thread{'s' * (threads > 1)}"
     page.text(70, 118, f"Median times on {where}, logarithmic scale", 10, color=MUTED)
-    page.title(70, 1530, 200, "Making the fused layer")
+    page.title(70, 1530, 200, "Making one Linear of the forum's two layers")
     draw_bars(page, 220, making)
     page.title(70, 1530, 544, "Running the network, time per image")
     draw_bars(page, 564, running)

@@ -173,7 +173,7 @@ class _Rows:
     def of(self, cuts: list[list[Segment]]) -> Iterator[Row]:
         """The rows of stretches, in their order."""
         for cut in cuts:
-            layers = [segment for segment in cut if _multiplies(segment)]
+            layers = [s for s in cut if s.layer is not None or _multiplies(s)]
             yield from self._across(cut, layers)
             for n, segment in enumerate(layers):
                 if segment.layer is not None:

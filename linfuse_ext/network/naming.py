@@ -6,9 +6,8 @@ from collections.abc import Container, Iterable
 
 from torch.fx import Node
 
-from .maps import View
 from .modules import module_of
-from .stretches import Step
+from .stretches import Step, is_view
 
 
 def qualified_name(node: Node) -> str:
@@ -24,13 +23,8 @@ def qualified_name(node: Node) -> str:
 def names_of(steps: Iterable[Step]) -> tuple[str, ...]:
     """The layers that steps belong to, in order; what only reshapes is left out if it can be."""
     steps = list(steps)
-    telling = [step for step in steps if not _is_view(step)] or steps
+    telling = [step for step in steps if not is_view(step)] or steps
     return tuple(dict.fromkeys(qualified_name(step.node) for step in telling))
-
-
-def _is_view(step: Step) -> bool:
-    maps = [affine for _, each in step.operands for affine in each]
-    return step.join is None and all(isinstance(affine, View) for affine in maps)
 
 
 def merged_name(steps: Iterable[Step], taken: Container[str]) -> str:

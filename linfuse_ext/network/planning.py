@@ -20,7 +20,7 @@ from .costs import NOTHING, Cost, cost_of, cost_of_linear
 from .maps import AffineMap, Convolution, Dense, Diagonal, View
 from .nets import composed, form_of, maps_of
 from .rules import as_convolution, by_channel
-from .stretches import Graph, Link, Step, Stretch
+from .stretches import Graph, Link, Step, Stretch, is_view
 
 POLICIES = ("cheaper", "always", "never")
 
@@ -163,8 +163,8 @@ class Planner:
         segments = []
         if len(links) == 1:
             segments.append(self._left_alone(links[0], before))
-            if len(links[0].steps) == 1:
-                return segments
+        if sum(not is_view(step) for link in links for step in link.steps) < 2:
+            return segments  # one operation and reshapes around it: nothing to merge
         for layer in self.run(links, form).layers:
             segments.append(Segment(links, layer, [], layer.weight, before))
         return segments
@@ -269,9 +269,7 @@ def _weight_of(form: AffineMap) -> Weight:
 
 
 def _as_it_is(step: Step) -> Weight:
-    views = all(isinstance(affine, View) for _, maps in step.operands for affine in maps)
-    nodes = 0 if step.join is None and views else 1
-    return Weight(Cost(step.flops, step.params), int(step.multiplies), nodes)
+    return Weight(Cost(step.flops, step.params), int(step.multiplies), int(not is_view(step)))
 
 
 def _cost_before(links: list[Link]) -> Cost:

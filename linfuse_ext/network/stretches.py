@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from ..composition import Refusal
 from . import readers  # noqa: F401  (fills the table of operations)
 from .constants import Constants
-from .maps import AffineMap, identity
+from .maps import AffineMap, View, identity
 from .modules import module_of
 from .operations import Join, read
 from .rules import compose
@@ -38,6 +38,12 @@ class Step(NamedTuple):
     def is_nothing(self) -> bool:
         """Whether the value goes through unchanged, as through dropout in eval mode."""
         return self.join is None and not self.operands[0][1]
+
+
+def is_view(step: Step) -> bool:
+    """Whether a step does nothing but reshape."""
+    maps = [affine for _, each in step.operands for affine in each]
+    return step.join is None and all(isinstance(affine, View) for affine in maps)
 
 
 class Link(NamedTuple):

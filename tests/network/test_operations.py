@@ -138,6 +138,8 @@ ONE_OPERATION = [
          torch.tensor([2, 0, 2])),
     case("index", lambda x, i: x[:, :, i], IMAGE, Operator, torch.tensor([2, 0])),
     case("index_of_channels", lambda x, i: x[:, i], IMAGE, Convolution, torch.tensor([2, 0])),
+    case("repeat_interleave", lambda x: x.repeat_interleave(2, 3), IMAGE, Operator),
+    case("repeat_interleave_of_channels", lambda x: x.repeat_interleave(2, 1), IMAGE, Convolution),
     case("flip", lambda x: x.flip(2, 3), IMAGE, Operator),
     case("flip_of_channels", lambda x: x.flip(1), IMAGE, Convolution),
     case("roll", lambda x: x.roll(1, 2), IMAGE, Operator),

@@ -88,7 +88,9 @@ def _chosen_channels(call: Call, shape: Shape) -> Reading:
     return call.through(picking, *view(behind, call.out_shape), flops=0)
 
 
-@reads("slice", "narrow", "select", "index_select", "flip", "roll", "cumsum")
+@reads(
+    "slice", "narrow", "select", "index_select", "flip", "roll", "cumsum", "repeat_interleave"
+)  # fmt: skip
 def _along_axes(call: Call) -> Reading | None:
     given = call.arguments.get("dims", call.arguments.get("dim"))
     if given is None or given == [] or call.in_shape is None:
