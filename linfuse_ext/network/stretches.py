@@ -164,6 +164,8 @@ def _fold_layers(steps: dict[Node, Step]) -> dict[Node, Node]:
         before = steps.get(step.operands[0][0])
         if before is None or len(before.node.users) > 1 or before.join or step.join:
             continue
+        if before.is_nothing or step.is_nothing:
+            continue
         if not _are_one_layer(before.node, node):
             continue
         layer: AffineMap | Refusal = identity(before.operands[0][1][0].in_shape)

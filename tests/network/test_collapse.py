@@ -441,6 +441,25 @@ def test_merges_are_made_where_the_model_is(device: str, policy: str) -> None:
     assert_equal(model, out, y, bound=1e-12)
 
 
+def test_a_padding_mode_without_padding() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 1, 1, padding_mode="circular"), nn.BatchNorm1d(1)).eval()
+    out = lf.collapse(model, torch.rand(2, 2, 3))
+    assert layers_of(out.model) == ["Conv1d"]
+    assert_equal(model, out, torch.rand(3, 2, 3))
+
+
+def test_sums_that_become_a_scale_have_their_row() -> None:
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + x
+            return (y + y).relu()
+
+    out = lf.collapse(Doubles().eval(), torch.rand(2, 3))
+    assert [(row.verdict, row.flops_before, row.flops_after) for row in out.report] == [
+        ("fused", 6, 3)
+    ]
+
+
 def test_a_report_is_a_sequence_a_table_and_json() -> None:
     report = lf.collapse(cryptonet(), torch.rand(2, *DIGITS)).report
     assert len(report) == 1 and report[:1] == (report[0],) and list(report) == [report[0]]
