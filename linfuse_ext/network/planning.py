@@ -121,6 +121,7 @@ class Planner:
         self._graph = graph
         self._key = _KEYS[policy]
         self._max_bytes = max_bytes
+        self._maps: dict[tuple[Node, Node], list[AffineMap]] = {}  # of links, by their ends
 
     def plan(self) -> list[list[Segment]]:
         """The cut of every stretch of the graph, in the graph's order."""
@@ -199,7 +200,7 @@ class Planner:
 
     def _matrix(self, links: list[Link], form: AffineMap | Refusal) -> Layer | str:
         """All in one Linear, from the small form if that is a matrix; or why not."""
-        maps = [affine for link in links for affine in maps_of(link)]
+        maps = [affine for link in links for affine in self._maps_of(link)]
         if isinstance(form, Dense) and not form.lead:
             maps = [form]
         if not maps:
@@ -215,6 +216,13 @@ class Planner:
         # A matrix that saves nothing is no gain, however many nodes it replaces.
         nodes = sum(_as_it_is(step).nodes for link in links for step in link.steps)
         return Layer(maps, True, Weight(cost_of_linear(cols, rows, shifts), 1, max(1, nodes)))
+
+    def _maps_of(self, link: Link) -> list[AffineMap]:
+        # Asked for in every run that the link is in.
+        key = (link.start, link.end)
+        if key not in self._maps:
+            self._maps[key] = maps_of(link)
+        return self._maps[key]
 
     def _forms(self, links: list[Link]) -> dict[tuple[int, int], AffineMap | Refusal]:
         """The small form of every run, or the rule that it has none."""
