@@ -7,6 +7,7 @@ torch.export does on its own, so that a convolution stays a convolution.
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,25 +23,32 @@ _OP = "collapse"
 _ATEN = torch.ops.aten
 
 
-class Captured(NamedTuple):
-    """A model as a graph.
+class Inputs(NamedTuple):
+    """Example inputs.
 
     Attributes:
-        module: The graph, with the model's own parameters.
-        arguments: Example inputs, positional.
-        keywords: Example inputs by name.
+        arguments: Positional.
+        keywords: By name.
         dynamic: Which axes of which of these tensors may have any size: by id, as torch.export
             wants them.
     """
 
-    module: GraphModule
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     dynamic: dict[int, dict[int, Any]]
 
     def dynamic_shapes(self, forward: Callable[..., Any]) -> dict[str, Any]:
         """Those axes, by the names of the arguments of a forward."""
-        return _by_name(forward, self.arguments, self.keywords, self.dynamic)
+        bound = dict(inspect.signature(forward).bind(*self.arguments, **self.keywords).arguments)
+        shapes: dict[str, Any] = pytree.tree_map(lambda leaf: self.dynamic.get(id(leaf)), bound)
+        return shapes
+
+
+class Captured(NamedTuple):
+    """A model as a graph, with the model's own parameters, and its inputs."""
+
+    module: GraphModule
+    inputs: Inputs
 
 
 def capture(model: Any, example_inputs: Any) -> Captured:
@@ -62,25 +70,34 @@ def capture(model: Any, example_inputs: Any) -> Captured:
     if isinstance(model, ExportedProgram):
         arguments, keywords = _inputs_of_program(model, example_inputs)
         module = _graph_of(model)
-        arguments, keywords, dynamic = _dynamic_axes(module, arguments, keywords)
+        inputs = _dynamic_axes(module, arguments, keywords)
     elif isinstance(model, nn.Module):
         if example_inputs is None:
             raise TypeError(f"{_OP}: `example_inputs` must be given for a module, got None")
-        _check_eval(model)
+        _check_module(model)
         arguments, keywords = _two_samples(*_as_inputs(example_inputs))
         batch = _batch_of((arguments, keywords))
         leaves = pytree.tree_leaves((arguments, keywords))
         dynamic = {id(leaf): {0: Dim("batch")} for leaf in leaves if _has_batch(leaf, batch)}
-        module = _graph_of(_export(model, arguments, keywords, dynamic))
+        inputs = Inputs(arguments, keywords, dynamic)
+        module = _graph_of(_export(model, inputs))
     else:
         raise TypeError(
             f"{_OP}: `model` must be an nn.Module or a torch.export.ExportedProgram, "
             f"got {type(model).__name__}"
         )
-    return Captured(_normalised(module), arguments, keywords, dynamic)
+    return Captured(_normalised(module), inputs)
 
 
-def _check_eval(model: nn.Module) -> None:
+def _check_module(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{_OP}: `model` must hold values, got {name} on the meta device")
+        if tensor.is_inference():
+            raise ValueError(
+                f"{_OP}: `model` must not be made in inference mode, which torch.export cannot "
+                f"capture, got the inference tensor {name}"
+            )
     training = [name or "the model itself" for name, part in model.named_modules() if part.training]
     if training:
         shown = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
@@ -147,33 +164,25 @@ def _two_samples(
     return doubled
 
 
-def _by_name(
-    forward: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    dynamic: dict[int, dict[int, Any]],
-) -> dict[str, Any]:
-    bound = inspect.signature(forward).bind(*arguments, **keywords).arguments
-    shapes: dict[str, Any] = pytree.tree_map(lambda leaf: dynamic.get(id(leaf)), dict(bound))
-    return shapes
+def _export(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    with _reasons(), torch.no_grad():
+        shapes = inputs.dynamic_shapes(model.forward)
+        return torch.export.export(model, inputs.arguments, inputs.keywords, dynamic_shapes=shapes)
 
 
-def _export(
-    model: nn.Module,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    dynamic: dict[int, dict[int, Any]],
-) -> ExportedProgram:
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """What torch.export says, as an error of ours."""
     try:
-        shapes = _by_name(model.forward, arguments, keywords, dynamic)
-        with torch.no_grad():
-            return torch.export.export(model, arguments, keywords, dynamic_shapes=shapes)
+        yield
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise ValueError(
             f"{_OP}: `model` must be something that torch.export can capture with a batch of any "
-            f"size, but it says: {reason}\nA program that was exported in another way "
-            "(strict=True, or with fixed sizes) can be given in place of the model."
+            f"size, but it says: {reason}\nEvery input whose axis 0 has the size of the first "
+            "one's is taken for a batch: if one is not, give another number of samples. A program "
+            "that was exported in another way (strict=True, or with fixed sizes) can be given in "
+            "place of the model."
         ) from error
 
 
@@ -184,7 +193,7 @@ def _graph_of(program: ExportedProgram) -> GraphModule:
         for node in program.graph.nodes
     )
     if writes:
-        with _dropouts_as_aliases(program):
+        with _reasons(), _dropouts_as_aliases(program):
             program = program.run_decompositions({})
     module = program.module()
     assert isinstance(module, GraphModule)
@@ -217,8 +226,8 @@ def input_leaves(module: GraphModule, arguments: Any, keywords: Any) -> list[Any
 
 def _dynamic_axes(
     module: GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, dict[int, Any]]]:
-    """The axes that a program was exported with as dynamic."""
+) -> Inputs:
+    """The inputs, with the axes that a program was exported with as dynamic."""
     holes = [node for node in module.graph.nodes if node.op == "placeholder"]
     symbols = []
     for node in holes:
@@ -230,7 +239,7 @@ def _dynamic_axes(
     leaves = input_leaves(module, arguments, keywords)
     pairs = zip(leaves, symbols, strict=True)
     dynamic = {id(leaf): dict.fromkeys(axes, Dim.AUTO) for leaf, axes in pairs if axes}
-    return arguments, keywords, dynamic
+    return Inputs(arguments, keywords, dynamic)
 
 
 # --- operations with one result each, in the words that READERS knows

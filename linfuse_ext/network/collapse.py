@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from .capture import Captured, capture
+from .capture import Captured, Inputs, capture
 from .constants import Constants
 from .layers import BiasMap
 from .measuring import error_of, run_example
@@ -37,15 +37,15 @@ class Collapsed:
 
     model: GraphModule
     report: Report
-    _captured: Captured = field(repr=False)
+    _inputs: Inputs = field(repr=False)
 
     def export(self) -> ExportedProgram:
         """The network as a program, for torch.export.save; its batch is dynamic if it was."""
         return torch.export.export(
             self.model,
-            self._captured.arguments,
-            self._captured.keywords,
-            dynamic_shapes=self._captured.dynamic_shapes(self.model.forward),
+            self._inputs.arguments,
+            self._inputs.keywords,
+            dynamic_shapes=self._inputs.dynamic_shapes(self.model.forward),
         )
 
 
@@ -82,7 +82,8 @@ def collapse(
         policy: "cheaper" merges only where that saves floating-point operations a sample, or else
             parameters; "always" wherever it is exact, down to the fewest layers in a row; "never"
             nowhere, to see the report.
-        max_bytes: The most that a merged Linear may take; beyond that it is refused.
+        max_bytes: The most that a merged layer may take, unless it is smaller than what it
+            replaces; beyond that it is refused.
 
     Returns:
         `.model`, a torch.fx.GraphModule, and `.report`, a sequence of rows; `.export()` makes a
@@ -106,7 +107,12 @@ def collapse(
         True
     """
     _check(policy, max_bytes)
-    captured = capture(model, example_inputs)
+    # Parameters made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        return _collapse(capture(model, example_inputs), policy, max_bytes)
+
+
+def _collapse(captured: Captured, policy: str, max_bytes: int) -> Collapsed:
     constants = Constants(captured.module)
     graph = Graph(captured.module, constants)
     if drop_nothing(captured.module, graph):
@@ -119,22 +125,25 @@ def collapse(
     if policy != "never":
         values = run_example(captured, {segment.start for segment in merged})
         for segment in merged:
-            made[segment.end] = make_layer(segment, constants)
-            errors[segment.end] = error_of(segment, made[segment.end], values, constants)
+            layer = make_layer(segment, constants)
+            if layer.is_finite():
+                made[segment.end] = layer
+                errors[segment.end] = error_of(segment, layer, values, constants)
         del values
     rows = list(_Rows(planner, graph, policy, made, errors).of(cuts))
     before = _count_parameters(captured.module)
     rewriter = Rewriter(captured.module, graph, constants)
     inside: set[Node] = set()
-    for segment in merged if policy != "never" else []:
-        inside |= {step.node for step in segment.steps}
-        rewriter.replace(segment, made[segment.end])
+    for segment in merged:
+        if segment.end in made:
+            inside |= {step.node for step in segment.steps}
+            rewriter.replace(segment, made[segment.end])
     for node, step in graph.steps.items():
         if node not in inside:
             rewriter.keep(step)
     result = rewriter.finish()
     report = Report(rows, policy, (before, _count_parameters(result)))
-    return Collapsed(result, report, captured)
+    return Collapsed(result, report, captured.inputs)
 
 
 def _count_parameters(module: torch.nn.Module) -> int:
@@ -188,12 +197,15 @@ class _Rows:
         layer = segment.layer
         assert layer is not None
         after = layer.weight.cost
-        verdict, reason = "fused", ""
         if segment.end in self._made:
-            reason = f"one {_described(self._made[segment.end])}"
-        else:
+            verdict, reason = "fused", f"one {_described(self._made[segment.end])}"
+        elif self._policy == "never":
             verdict = "declined"
-            reason = f"exact as one {_kind(segment)}, but policy 'never' merges nothing"
+            reason = f"exact as one {layer.kind}, but policy 'never' merges nothing"
+        else:
+            verdict, after = "refused", segment.before
+            dtype = segment.start.meta["val"].dtype
+            reason = f"as one {layer.kind} they would have weights that are not finite in {dtype}"
         return Row(
             names_of(segment.steps),
             verdict,
@@ -264,8 +276,3 @@ def _described(made: Made) -> str:
     if isinstance(made.module, BiasMap):
         return f"{made.module.layer} with a bias for each position"
     return str(made.module)
-
-
-def _kind(segment: Segment) -> str:
-    assert segment.layer is not None
-    return segment.layer.kind

@@ -42,10 +42,13 @@ class Constants:
         """Finds the constants; their values are made when asked for."""
         self._module = module
         self._nodes: set[Node] = set()
+        held = [node for node in module.graph.nodes if node.op == "get_attr"]
+        # One buffer may be a part of another.
+        written = {_memory(attribute(module, node.target)) for node in held if is_written(node)}
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 value = attribute(module, node.target)
-                constant = isinstance(value, Tensor) and not is_written(node)
+                constant = isinstance(value, Tensor) and _memory(value) not in written
             else:
                 constant = node.op == "call_function" and _is_pure(node)
                 constant &= all(source in self._nodes for source in node.all_input_nodes)
@@ -90,6 +93,10 @@ class Constants:
             attribute(self._module, str(source.target)).requires_grad
             for source in self.parameters(node)
         )
+
+
+def _memory(value: Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
 
 
 def is_written(node: Node) -> bool:

@@ -183,6 +183,9 @@ class Planner:
             form = self._forms(links)[0, len(links)]
         layers, refusals = [], []
         small = form if isinstance(form, Refusal) else as_layer(form)
+        if isinstance(small, Layer) and not small.is_matrix:
+            too_large = self._too_large(links, small.weight.cost.params)
+            small = small if too_large is None else Refusal(too_large, "")
         if isinstance(small, Refusal):
             refusals.append(small.rule)
         elif not small.is_matrix:
@@ -206,16 +209,20 @@ class Planner:
         if not maps:
             return "they change nothing"
         rows, cols = maps[-1].rows, maps[0].cols
-        size = rows * cols * links[0].start.meta["val"].dtype.itemsize
-        if size > self._max_bytes:
-            return (
-                f"as one Linear they would need {rows} x {cols} weights, {_bytes(size)}, which is "
-                f"more than max_bytes={self._max_bytes}"
-            )
+        too_large = self._too_large(links, rows * cols)
+        if too_large is not None:
+            return f"as one Linear they would need {rows} x {cols} weights: {too_large}"
         shifts = any(affine.offset is not None for affine in maps)
         # A matrix that saves nothing is no gain, however many nodes it replaces.
         nodes = sum(_as_it_is(step).nodes for link in links for step in link.steps)
         return Layer(maps, True, Weight(cost_of_linear(cols, rows, shifts), 1, max(1, nodes)))
+
+    def _too_large(self, links: list[Link], params: int) -> str | None:
+        """What a layer of so many parameters would take, if that is too much."""
+        size = params * links[0].start.meta["val"].dtype.itemsize
+        if size <= self._max_bytes or params <= _cost_before(links).params:
+            return None
+        return f"{_bytes(size)} are more than max_bytes={self._max_bytes}"
 
     def _maps_of(self, link: Link) -> list[AffineMap]:
         # Asked for in every run that the link is in.
@@ -233,11 +240,12 @@ class Planner:
         for length in range(2, count + 1):
             for start in range(count - length + 1):
                 stop = start + length
-                found = composed(forms[stop - 1, stop], forms[start, stop - 1])
-                if isinstance(found, Refusal):
-                    other = composed(forms[start + 1, stop], forms[start, start + 1])
-                    found = other if not isinstance(other, Refusal) else found
-                forms[start, stop] = found
+                # By halves, so that a form of n links is made in log n steps one in the other.
+                for middle in dict.fromkeys(((start + stop) // 2, start + 1, stop - 1)):
+                    found = composed(forms[middle, stop], forms[start, middle])
+                    if not isinstance(found, Refusal):
+                        break
+                forms[start, stop] = found  # if none does: what its last link does not merge with
         return forms
 
 

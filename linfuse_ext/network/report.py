@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import overload
@@ -80,8 +81,9 @@ class Report(Sequence[Row]):
 
     def to_json(self) -> str:
         """The policy, the rows and the totals as a JSON object."""
-        rows = [asdict(row) for row in self]
-        return json.dumps({"policy": self.policy, "rows": rows, "totals": self.totals}, indent=2)
+        rows = [asdict(row) | {"error": _number(row.error)} for row in self]
+        told = {"policy": self.policy, "rows": rows, "totals": self.totals}
+        return json.dumps(told, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         header = ("verdict", "layers", "FLOPs", "parameters", "error", "reason")
@@ -100,6 +102,11 @@ class Report(Sequence[Row]):
             f"{_signed(-totals['params_saved'])} parameters"
         )
         return "\n".join(text)
+
+
+def _number(error: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return error if error is None or math.isfinite(error) else str(error)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

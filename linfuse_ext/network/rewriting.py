@@ -11,7 +11,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from ..modules import _make_conv, _make_linear
-from .constants import Constants, attribute
+from .constants import Constants, attribute, is_written
 from .layers import BiasMap, ScaleShift
 from .maps import Convolution, Dense, Diagonal, Shape, View, dense
 from .modules import module_of
@@ -35,6 +35,11 @@ class Made(NamedTuple):
     flat: bool
     in_shape: Shape
     out_shape: Shape
+
+    def is_finite(self) -> bool:
+        """Whether all weights are: not if they overflow the dtype, nor if 0 met infinity."""
+        held = () if self.module is None else self.module.parameters()
+        return all(bool(parameter.isfinite().all()) for parameter in held)
 
     def run(self, x: Tensor) -> Tensor:
         """What the network computes there."""
@@ -179,6 +184,9 @@ class Rewriter:
             return
         if not step.multiplies or "input" not in _argument_names(node):
             return
+        biases = [attribute(self._module, str(source.target)) for source in sources[1:]]
+        if any(bias.shape != affine.out_shape[-1:] for bias in biases if settings is None):
+            return
         key = (affine.__class__, settings, *(str(source.target) for source in sources))
         name = self._by_weight.get(key)
         if name is None:
@@ -316,7 +324,7 @@ def _copy_all(root: nn.Module, copies: dict[int, Tensor]) -> None:
 
 def drop_nothing(module: GraphModule, graph: Graph) -> bool:
     """Takes out what changes nothing, as dropout in eval mode; says whether there was any."""
-    found = [step for step in graph.steps.values() if step.is_nothing]
+    found = [step for step in graph.steps.values() if step.is_nothing and not _must_copy(step)]
     stays: dict[Node, Node] = {}
     for step in found:
         value = step.operands[0][0]
@@ -328,3 +336,11 @@ def drop_nothing(module: GraphModule, graph: Graph) -> bool:
         module.graph.eliminate_dead_code()
         module.recompile()
     return bool(found)
+
+
+def _must_copy(step: Step) -> bool:
+    """Whether a copy is there for its memory: what it was made of is written to, or it is given."""
+    if step.node.target is not torch.ops.aten.clone.default:
+        return False
+    given = any(user.op == "output" for user in step.node.users)
+    return given or is_written(step.operands[0][0])

@@ -115,11 +115,6 @@ class Graph:
                 ]
         return found
 
-    def _is_closed(self, start: Node, end: Node) -> bool:
-        inside = self._between(start, end)
-        users = (user for node in inside if node is not end for user in node.users)
-        return all(self._step_of(user) in inside for user in users)
-
     def _step_of(self, node: Node) -> Node:
         while node in self._folded:
             node = self._folded[node]
@@ -131,19 +126,23 @@ class Graph:
 
     def stretch(self, end: Node) -> Stretch | None:
         """The longest stretch that ends with this step; None where its operands meet no more."""
-        farthest: Node | None = None
         chain: list[Node] = [end]
+        length = 0  # of the longest chain from which no way leads out
+        inside: set[Node] = set()
+        leaving: set[Node] = set()  # users of what is inside that are not
         start = self._dominator[end]
-        kept: list[Node] = []
         while start is not None:
+            added = self._between(start, chain[-1]) - inside
+            inside |= added
+            for node in added - {end}:
+                leaving |= {self._step_of(user) for user in node.users}
+            leaving -= inside
             chain.append(start)
-            if self._is_closed(start, end):
-                farthest, kept = start, list(chain)
+            length = length if leaving else len(chain)
             start = self._dominator.get(start)
-        if farthest is None:
+        if length == 0:
             return None
-        kept.reverse()
-        return Stretch([self._link(a, b) for a, b in pairwise(kept)])
+        return Stretch([self._link(a, b) for a, b in pairwise(chain[:length][::-1])])
 
     def _link(self, start: Node, end: Node) -> Link:
         inside = sorted(self._between(start, end), key=self._order.__getitem__)

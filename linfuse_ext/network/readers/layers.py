@@ -82,8 +82,20 @@ def _transposed(weight: Deferred) -> Deferred:
 def _linear_layer(call: Call) -> Reading | None:
     if not call.are_constants("weight", "bias") or len(call.out_shape) < 1:
         return None
-    bias = call.constant("bias", (*[1] * (len(call.out_shape) - 1), call.out_shape[-1]))
-    return _linear(call, call["input"], call.constants.deferred(call["weight"]), bias)
+    weight = call.constants.deferred(call["weight"])
+    if call["bias"] is None:
+        return _linear(call, call["input"], weight, None)
+    bias = _bias_of_features(call, call.constants.deferred(call["bias"]))
+    return None if bias is None else _linear(call, call["input"], weight, bias)
+
+
+def _bias_of_features(call: Call, bias: Deferred) -> Deferred | None:
+    """A bias that every sample meets alike, one value for each feature."""
+    features = call.out_shape[-1]
+    if any(size != 1 for size in bias.shape[:-1]) or bias.size not in (1, features):
+        return None
+    shape = (*[1] * (len(call.out_shape) - 1), features)
+    return Deferred(shape, lambda: bias.value.flatten().expand(features).reshape(shape))
 
 
 @reads("addmm")
@@ -91,10 +103,9 @@ def _addmm(call: Call) -> Reading | None:
     plain = call.are_numbers("alpha", "beta") and call["alpha"] == 1 and call["beta"] == 1
     if not plain or not call.are_constants("self", "mat2"):
         return None
-    shift = call.constants.deferred(call["self"])
-    if math.prod(shift.shape) not in (1, call.out_shape[-1]) or shift.shape[-1:] == ():
+    bias = _bias_of_features(call, call.constants.deferred(call["self"]))
+    if bias is None:
         return None
-    bias = Deferred((shift.shape[-1],), lambda: shift.value.flatten())
     return _linear(call, call["mat1"], _transposed(call.constants.deferred(call["mat2"])), bias)
 
 

@@ -18,7 +18,7 @@ from ..operations import Call, Reading, reads
 from .views import view
 
 
-@reads("clone", "alias", "detach", "contiguous", "lift_fresh_copy")
+@reads("clone", "alias", "contiguous", "lift_fresh_copy")
 def _same(call: Call) -> Reading | None:
     return None if call.in_shape is None else call.through()
 
