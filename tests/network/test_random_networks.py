@@ -161,10 +161,6 @@ def counted(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter:
 # --- neighbours in a graph, found by trying and not by knowing operations
 
 
-UNREAD = {torch.ops.aten.repeat_interleave.self_int}
-"""Affine, but not among what is promised to be merged."""
-
-
 class Probe(Interpreter):
     """Runs a graph on three samples, and then its nodes on other values, to see what they do."""
 
@@ -191,7 +187,7 @@ class Probe(Interpreter):
 
     def source(self, node: Node) -> Node | None:
         """The value that a node is an affine map of, sample by sample; None if there is none."""
-        if node.target in UNREAD or self._is_token(node):
+        if self._is_token(node):
             return None
         sources = [source for source in node.all_input_nodes if source in self.depends]
         if len(sources) != 1 or node.op == "output" or node not in self.depends:
