@@ -24,9 +24,10 @@ $(VENV)/installed: requirements/dev.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
 	@touch $@
 
-# The first build installs the package in place; later ones only compile what changed.
+# The first build installs the package in place, and a new packaging does so again; others only
+# compile what changed.
 $(VENV)/built: $(VENV)/installed setup.py linfuse_ext/_version.py $(SOURCES)
-	@if [ ! -e $(VENV)/built ]; then \
+	@if [ ! -e $(VENV)/built ] || [ pyproject.toml -nt $(VENV)/built ]; then \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; fi
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
