@@ -160,8 +160,8 @@ def test_collapse_only_reports(model: str, capsys) -> None:
 def test_collapse_limits_a_merged_weight(tmp_path: Path, monkeypatch, capsys) -> None:
     """A Linear from 64 to 128 features takes 32 KiB and its bias."""
     monkeypatch.chdir(tmp_path)
-    pair = nn.Sequential(nn.ConvTranspose2d(4, 8, 2, 2), nn.Flatten(), nn.Linear(512, 128))
-    save(tmp_path / "m.pt2", pair, torch.randn(2, 4, 4, 4))
+    pair = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 128))  # together less than that
+    save(tmp_path / "m.pt2", pair, torch.randn(2, 64))
     fused = {}
     for size in ("1GiB", "16 KiB"):
         command = ["collapse", "m.pt2", "-o", "out.pt2", "--max-bytes", size, "--json"]
