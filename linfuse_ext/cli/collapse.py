@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
         metavar="SIZE",
         type=byte_count,
         default="1GiB",
-        help="the largest layer that a merge may make, such as 256MiB or 2GB, unless it is smaller\n"
-        "than what it replaces (default: 1GiB)",
+        help="the largest layer that a merge may make, such as 256MiB or 2GB, unless it is "
+        "smaller than what it replaces (default: 1GiB)",
     )
     command.add_argument("--report", metavar="FILE.json", help="write the report as JSON as well")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
