@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..network.planning import POLICIES
 from . import tables
 from .files import byte_count, replacing, target
 
@@ -44,7 +45,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--policy",
-        choices=("cheaper", "always", "never"),
+        choices=POLICIES,
         default="cheaper",
         help="merge where that saves multiplications or else parameters, wherever it is exact, or "
         "nowhere and only report (default: %(default)s)",
@@ -112,11 +113,11 @@ def _show(report: Any) -> None:
     if console is None:
         print(report)
         return
-    from ..network.report import _cells
+    from ..network.report import cells
 
     rows = []
     for row in report:
-        verdict, layers, *changes, error, reason = _cells(row)
+        verdict, layers, *changes, error, reason = cells(row)
         narrow = (change.replace(" -> ", " ->\n") for change in changes)
         rows.append((verdict, *narrow, error, f"{layers}\n{reason}"))
     tables.draw(console, _COLUMNS, rows, [_COLOURS[row.verdict] for row in report])

@@ -16,6 +16,7 @@ from ..matrix_files import BlockedMatrix
 from ..modules import _CONVOLUTIONS, _TRANSPOSED, _conv_keywords
 from ..network.constants import Constants
 from ..network.naming import qualified_name
+from ..network.operations import arguments_of
 
 __all__ = ["Layer", "find_layers"]
 
@@ -112,14 +113,6 @@ def _call(node: Node) -> str:
     return str(list(stack)[-1]) if len(stack) > 1 else ""
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    """All arguments by name, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [argument.name for argument in schema.arguments]
-    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
-
-
 def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
@@ -152,7 +145,7 @@ _Maker = Callable[[dict[str, Any], Node], _Found]
 
 def _described(layer: Layer, make: _Maker, node: Node, constants: Constants) -> Layer:
     try:
-        found = make(_arguments(node), node)
+        found = make(arguments_of(node), node)
         layer = layer._replace(what=str(found.layer))
         for part, source in (("weight", found.weight), ("bias", found.bias)):
             if source is not None and source not in constants:
@@ -250,7 +243,7 @@ def _convolution(arguments: dict[str, Any], node: Node) -> _Found:
         if padded is None:
             remark = f"alone, behind the {_operation(source)} in its module"
         else:
-            conv, source = padded, _arguments(source)["self"]
+            conv, source = padded, arguments_of(source)["self"]
     return _Found(conv, _spatial_size(source, axes), weight, bias, remark=remark)
 
 
@@ -270,7 +263,7 @@ def _with_padding(conv: Any, make: Callable[..., Any], node: Node) -> Any:
     """The layer that is `node`, a padding, and `conv` behind it, if there is one."""
     if _operation(node) not in _PADDINGS or isinstance(conv, _TRANSPOSED):
         return None
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     mode = _PADDINGS[_operation(node)] or arguments["mode"]
     # (low, high) for each axis, the last first
     amounts = list(arguments["pad" if "pad" in arguments else "padding"])

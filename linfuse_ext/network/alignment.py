@@ -115,17 +115,17 @@ def align(maps: list[Convolution], symmetric: bool = False) -> Grid | Refusal:
     """
     first = maps[0].settings
     if any(affine.settings.transposed != first.transposed for affine in maps):
-        return _refusal("a strided convolution and a strided transposed one have no common form")
+        return refusal("a strided convolution and a strided transposed one have no common form")
     modes = {affine.settings.padding_mode for affine in maps if any(affine.settings.pads)}
     if len(modes) > 1:
-        return _refusal("one convolution has one padding mode, the branches have several")
+        return refusal("one convolution has one padding mode, the branches have several")
     axes = []
     strides = []
     for n in range(len(first.kernel_size)):
         sizes = (maps[0].in_shape[n + 1], maps[0].out_shape[n + 1])
         each = {affine.settings.stride[n] for affine in maps}
         if len(each) > 1 and sizes[0 if first.transposed else 1] > 1:
-            return _refusal(f"the branches have different strides, {sorted(each)}")
+            return refusal(f"the branches have different strides, {sorted(each)}")
         taps = [
             _Taps(s.padding[n][0], s.dilation[n], s.kernel_size[n])
             for s in (affine.settings for affine in maps)
@@ -148,7 +148,8 @@ def align(maps: list[Convolution], symmetric: bool = False) -> Grid | Refusal:
     return Grid(settings, [[axis.places[m] for axis in axes] for m in range(len(maps))])
 
 
-def _refusal(rule: str) -> Refusal:
+def refusal(rule: str) -> Refusal:
+    """What no small form does, a Linear does."""
     return Refusal(rule, "merge into a Linear")
 
 
@@ -159,7 +160,7 @@ def padding_too_wide(settings: Conv, input_size: Shape) -> Refusal | None:
         return None
     for size, pads in zip(input_size, settings.padding, strict=True):
         if max(pads) > size - most:
-            return _refusal(
+            return refusal(
                 f"{settings.padding_mode} padding of {max(pads)} is wider than the input ({size})"
             )
     return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..composition import Refusal
-from .alignment import Grid, align, of_one_kind, placed, weight_shape
+from .alignment import Grid, align, of_one_kind, placed, refusal, weight_shape
 from .maps import (
     AffineMap,
     Convolution,
@@ -14,30 +14,23 @@ from .maps import (
     Dense,
     Diagonal,
     Shape,
-    deferred_full,
+    as_diagonal,
     is_identity,
 )
-from .rules import as_convolution, as_dense, by_channel, name_of, refusal, sum_of_offsets
+from .rules import as_convolution, as_dense, by_channel, name_of, sum_of_offsets
 
 
 def _terms(maps: list[AffineMap], dim: int | None) -> list[AffineMap]:
     """Scales and identities in the form that the others have, where it is one."""
     if all(isinstance(affine, Diagonal) or is_identity(affine) for affine in maps):
         if dim is None:
-            return [_as_diagonal(affine) for affine in maps]
+            return [as_diagonal(affine) for affine in maps]
         return [as_convolution(affine) for affine in maps]
     leads = {affine.lead for affine in maps if isinstance(affine, Dense)}
     if len(leads) == 1:
         lead = leads.pop()
         return [as_dense(affine, lead) for affine in maps]
     return [as_convolution(affine) for affine in maps]
-
-
-def _as_diagonal(affine: AffineMap) -> AffineMap:
-    if not is_identity(affine):
-        return affine
-    unit = deferred_full([1] * len(affine.in_shape), 1.0)
-    return Diagonal(affine.in_shape, affine.in_shape, None, unit)
 
 
 def _aligned(maps: list[AffineMap]) -> tuple[list[Convolution], Grid] | Refusal:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .. import functional
 from ..composition import Conv
-from ..geometry import Geometry, make_geometry
 
 Shape = tuple[int, ...]
 
@@ -113,23 +112,6 @@ class Convolution(AffineMap):
 
     settings: Conv
     weight: Deferred
-
-    @property
-    def geometry(self) -> Geometry:
-        """The settings for this input size."""
-        settings = self.settings
-        return make_geometry(
-            "collapse",
-            self.weight.shape,
-            self.in_shape[1:],
-            settings.stride,
-            tuple(value for pair in settings.padding for value in pair),
-            settings.dilation,
-            settings.groups,
-            settings.transposed,
-            settings.output_padding,
-            settings.padding_mode,
-        )
 
     def _keywords(self) -> dict[str, Any]:
         settings = self.settings
@@ -242,6 +224,14 @@ def is_identity(affine: AffineMap) -> bool:
     return (
         isinstance(affine, View) and affine.in_shape == affine.out_shape and affine.offset is None
     )
+
+
+def as_diagonal(affine: AffineMap) -> AffineMap:
+    """The identity as a scale of ones; any other map as it is."""
+    if not is_identity(affine):
+        return affine
+    unit = deferred_full([1] * len(affine.in_shape), 1.0)
+    return Diagonal(affine.in_shape, affine.in_shape, None, unit)
 
 
 def dense(maps: list[AffineMap], block_bytes: int = 2**28) -> tuple[Tensor, Tensor | None]:

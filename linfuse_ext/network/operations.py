@@ -59,6 +59,13 @@ def reads(*names: str) -> Callable[[Reader], Reader]:
     return enter
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """All arguments of a call of an ATen operation by name, in their order, defaults included."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
+    return defaults | dict(zip(defaults, node.args, strict=False)) | node.kwargs
+
+
 def is_same_size(one: Any, other: Any) -> bool:
     """Whether two sizes, ints or symbols, are known to be equal."""
     if isinstance(one, int) and isinstance(other, int):
@@ -86,12 +93,7 @@ class Call:
         """For a node that calls an ATen operation with one result, a tensor with samples."""
         self.node = node
         self.constants = constants
-        schema: Any = node.target._schema  # type: ignore[union-attr]
-        self.arguments: dict[str, Any] = {}
-        for n, argument in enumerate(schema.arguments):
-            given = node.args[n] if n < len(node.args) else node.kwargs.get(argument.name)
-            named = n < len(node.args) or argument.name in node.kwargs
-            self.arguments[argument.name] = given if named else argument.default_value
+        self.arguments = arguments_of(node)
         shape = sample_shape(node)
         assert shape is not None
         self.out_shape = shape

@@ -87,7 +87,7 @@ class Report(Sequence[Row]):
 
     def __str__(self) -> str:
         header = ("verdict", "layers", "FLOPs", "parameters", "error", "reason")
-        lines = [header, *(_cells(row) for row in self)]
+        lines = [header, *(cells(row) for row in self)]
         widths = [max(len(line[n]) for line in lines) for n in range(len(header) - 1)]
         text = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)),
@@ -109,7 +109,8 @@ def _number(error: float | None) -> float | str | None:
     return error if error is None or math.isfinite(error) else str(error)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text: verdict, layers, operations, parameters, error, reason."""
     return (
         row.verdict,
         " + ".join(row.layers),

@@ -16,6 +16,7 @@ from .layers import BiasMap, ScaleShift
 from .maps import Convolution, Dense, Diagonal, Shape, View, dense
 from .modules import module_of
 from .naming import merged_name
+from .operations import arguments_of
 from .planning import Layer, Segment, as_layer
 from .rules import by_channel
 from .stretches import Graph, Step
@@ -182,7 +183,7 @@ class Rewriter:
             settings = None
         else:
             return
-        if not step.multiplies or "input" not in _argument_names(node):
+        if not step.multiplies or "input" not in arguments_of(node):
             return
         biases = [attribute(self._module, str(source.target)) for source in sources[1:]]
         if any(bias.shape != affine.out_shape[-1:] for bias in biases if settings is None):
@@ -221,11 +222,10 @@ class Rewriter:
         self._yield_names()
         for name, layer in self._layers.items():
             _put(root, name, layer)
-        shared: dict[int, Tensor] = {}
         for node in graph.nodes:
             if node.op == "get_attr" and not _has(root, str(node.target)):
                 _put(root, str(node.target), attribute(self._module, str(node.target)))
-        _copy_all(root, shared)
+        _copy_all(root)
         graph._tracer_cls = None  # that of torch.export cannot load a pickle
         result = GraphModule(root, graph, class_name="Collapsed")
         return result.eval()
@@ -255,11 +255,6 @@ class Rewriter:
 def _may_go(node: Node) -> bool:
     # torch.fx asks the module that owns a graph, which does not have the merged layers yet.
     return node.op in ("get_attr", "call_module") or not node.is_impure()
-
-
-def _argument_names(node: Node) -> list[str]:
-    schema = node.target._schema  # type: ignore[union-attr]
-    return [argument.name for argument in schema.arguments]
 
 
 def _as_parameter(value: Tensor) -> nn.Parameter:
@@ -307,8 +302,9 @@ def _put(root: nn.Module, path: str, value: Any) -> None:
         setattr(root, name, value)
 
 
-def _copy_all(root: nn.Module, copies: dict[int, Tensor]) -> None:
+def _copy_all(root: nn.Module) -> None:
     """Replaces every tensor by a copy, one tensor by one copy: what was tied stays tied."""
+    copies: dict[int, Tensor] = {}
     for module in root.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import functional
 from ..composition import Conv, Pair, Refusal, find_merge
 from ..torch_engine import merged_bias, turn
-from .alignment import padding_too_wide, weight_shape
+from .alignment import padding_too_wide, refusal, weight_shape
 from .maps import (
     AffineMap,
     Convolution,
@@ -28,16 +28,11 @@ from .maps import (
     Diagonal,
     Shape,
     View,
-    deferred_full,
+    as_diagonal,
     is_identity,
 )
 
 Rule = Callable[[Any, Any], "AffineMap | Refusal"]
-
-
-def refusal(rule: str) -> Refusal:
-    """What no small form does, a Linear does."""
-    return Refusal(rule, "merge into a Linear")
 
 
 def _broadcast(*shapes: Shape) -> Shape:
@@ -94,32 +89,17 @@ def _diagonal_diagonal(second: Diagonal, first: Diagonal) -> AffineMap:
     return Diagonal(first.in_shape, second.out_shape, _scale_offset(second, first), scale)
 
 
-def _scaled_outputs(convolution: Convolution, scale: Deferred) -> Deferred:
-    """The weight of a convolution whose output channels are scaled."""
+def _scaled(convolution: Convolution, scale: Deferred, side: str) -> Deferred:
+    """The weight of a convolution whose channels at the `side`, 'in' or 'out', are scaled."""
 
     def make() -> Tensor:
         settings, weight = convolution.settings, convolution.weight.value
-        by_out = _channels(scale, settings.out_channels)
-        if not settings.transposed:
-            return weight * by_out.reshape(-1, *[1] * (weight.dim() - 1))
+        ones = [1] * (weight.dim() - 2)
+        each = _channels(scale, settings.out_channels if side == "out" else settings.in_channels)
+        if (side == "out") != settings.transposed:
+            return weight * each.reshape(-1, 1, *ones)
         grouped = weight.reshape(settings.groups, -1, *weight.shape[1:])
-        by_out = by_out.reshape(settings.groups, 1, -1, *[1] * (weight.dim() - 2))
-        return (grouped * by_out).reshape(weight.shape)
-
-    return Deferred(convolution.weight.shape, make)
-
-
-def _scaled_inputs(convolution: Convolution, scale: Deferred) -> Deferred:
-    """The weight of a convolution whose input channels are scaled."""
-
-    def make() -> Tensor:
-        settings, weight = convolution.settings, convolution.weight.value
-        by_in = _channels(scale, settings.in_channels)
-        if settings.transposed:
-            return weight * by_in.reshape(-1, *[1] * (weight.dim() - 1))
-        grouped = weight.reshape(settings.groups, -1, *weight.shape[1:])
-        by_in = by_in.reshape(settings.groups, 1, -1, *[1] * (weight.dim() - 2))
-        return (grouped * by_in).reshape(weight.shape)
+        return (grouped * each.reshape(settings.groups, 1, -1, *ones)).reshape(weight.shape)
 
     return Deferred(convolution.weight.shape, make)
 
@@ -139,7 +119,7 @@ def _diagonal_convolution(second: Diagonal, first: Convolution) -> AffineMap | R
     return replace(
         first,
         offset=_scale_offset(second, first),
-        weight=_scaled_outputs(first, second.scale),
+        weight=_scaled(first, second.scale, "out"),
     )
 
 
@@ -147,7 +127,7 @@ def _convolution_diagonal(second: Convolution, first: Diagonal) -> AffineMap | R
     pointwise = as_convolution(first)  # for the rules of what happens to the shift
     if not isinstance(pointwise, Convolution):
         return refusal("the scale before a convolution differs between positions")
-    offset, weight = _merged_offset(pointwise, second), _scaled_inputs(second, first.scale)
+    offset, weight = _merged_offset(pointwise, second), _scaled(second, first.scale, "in")
     return replace(second, in_shape=first.in_shape, offset=offset, weight=weight)
 
 
@@ -189,7 +169,7 @@ def _convolution_convolution(second: Convolution, first: Convolution) -> AffineM
     same = weight_shape(settings) == second.weight.shape and not merge.turn_second
     if scale is not None and same:
         # Padding, or a choice of positions: nothing to multiply but channels.
-        weight = _scaled_inputs(second, scale)
+        weight = _scaled(second, scale, "in")
         return Convolution(first.in_shape, second.out_shape, offset, settings, weight)
 
     def make() -> Tensor:
@@ -336,10 +316,7 @@ def compose(second: AffineMap, first: AffineMap) -> AffineMap | Refusal:
 def as_convolution(affine: AffineMap) -> AffineMap:
     """A scale per channel, or the identity, as the depthwise convolution of one element."""
     axes = len(affine.in_shape) - 1
-    if is_identity(affine):
-        affine = Diagonal(
-            affine.in_shape, affine.in_shape, None, deferred_full([1] * (axes + 1), 1.0)
-        )
+    affine = as_diagonal(affine)
     if not isinstance(affine, Diagonal) or not by_channel(affine.scale) or not 1 <= axes <= 3:
         return affine
     channels, scale = affine.in_shape[0], affine.scale
@@ -380,9 +357,7 @@ def depthwise(
 def as_dense(affine: AffineMap, lead: Shape) -> AffineMap:
     """A scale, or the identity, as a matrix on the last axis."""
     size = math.prod(affine.in_shape[len(lead) :])
-    if is_identity(affine):
-        unit = deferred_full([1] * len(affine.in_shape), 1.0)
-        affine = Diagonal(affine.in_shape, affine.in_shape, None, unit)
+    affine = as_diagonal(affine)
     if not isinstance(affine, Diagonal) or not _tail_only(affine.scale, lead):
         return affine
     scale, shape = affine.scale, affine.in_shape

@@ -54,9 +54,8 @@ def _permute(call: Call) -> Reading | None:
     if order[0] != 0:
         return None
     # What moves only axes of size 1 moves no element.
-    if [n for n in order[1:] if shape[n - 1] > 1] == [
-        n for n in range(1, count) if shape[n - 1] > 1
-    ]:
+    large = [axis for axis in order[1:] if shape[axis - 1] > 1]
+    if large == sorted(large):
         return call.through(*view(shape, call.out_shape))
     return call.moved()
 
