@@ -5,13 +5,18 @@
 #   make bench    the benchmarks, with their table
 #   make lint     ruff, mypy, clang-format
 #   make cuda-compile   every CUDA source through nvcc, where there is one
+#   make docs     the documentation, as pages, in site/
+#   make fuzz     10,000 random calls, right ones and wrong ones
+#   make sanitize the tests on a build that AddressSanitizer and UBSan watch
+#   make coverage the lines that the tests reach, of Python and of csrc/
+#   make wheel    sdist, wheel against the oldest torch, audits, tests in a clean environment
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f -name '*.*')
 
-.PHONY: demo test bench lint format cuda-compile build clean
+.PHONY: demo test bench lint format cuda-compile docs fuzz sanitize coverage wheel build clean
 .DEFAULT_GOAL := test
 
 build: $(VENV)/built
@@ -58,5 +63,22 @@ format: $(VENV)/installed
 cuda-compile: $(VENV)/installed
 	$(BIN)/python csrc/cuda_compile.py
 
+$(VENV)/docs: requirements/docs.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --requirement requirements/docs.txt
+	@touch $@
+
+# Material for MkDocs announces its successor at every build; the variable keeps it short.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+fuzz: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py
+
+sanitize coverage: $(VENV)/installed
+	$(BIN)/python tests/instrumented.py $@
+
+wheel: $(VENV)/installed
+	$(BIN)/python tests/wheel.py
+
 clean:
-	rm -rf build dist *.egg-info linfuse_ext/*.so $(VENV)
+	rm -rf build dist site *.egg-info linfuse_ext/*.so $(VENV)

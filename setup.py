@@ -2,6 +2,7 @@
 
 LINFUSE_CUDA            auto (default), 0 or 1: whether the CUDA kernels are built
 TORCH_CUDA_ARCH_LIST    the cards to build for, as torch reads it
+LINFUSE_INSTRUMENT      sanitize, threads or coverage: a build that watches itself (tests/instrumented.py)
 MAX_JOBS                compilers at a time
 """
 
@@ -28,6 +29,15 @@ ROOT = Path(__file__).parent
 TARGET_TORCH = ("2.11", "0x020b000000000000")
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 GIB_PER_COMPILER = 1.5
+# What an instrumented build adds, for the compiler and the linker. AddressSanitizer is to name
+# lines; gcov counts them, so that nothing may be moved far.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
+INSTRUMENTS = {
+    "": [],
+    "sanitize": [*SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "threads": [*SANITIZED, "-fsanitize=thread"],
+    "coverage": ["-Og", "--coverage", "-DLINFUSE_COVERAGE"],
+}
 
 
 def say(message: str) -> None:
@@ -98,8 +108,19 @@ def limit_jobs() -> None:
     say(f"{os.environ['MAX_JOBS']} compilers at a time.")
 
 
+def instrument() -> tuple[str, list[str]]:
+    name = os.environ.get("LINFUSE_INSTRUMENT", "")
+    if name not in INSTRUMENTS:
+        known = ", ".join(filter(None, INSTRUMENTS))
+        raise SystemExit(f"linfuse_ext: LINFUSE_INSTRUMENT must be one of {known}, got '{name}'.")
+    if name:
+        say(f"instrumented: {name}. Slow, and not for use.")
+    return name, INSTRUMENTS[name]
+
+
 def extension():
     cuda = with_cuda()
+    instrumented, added = instrument()
     limit_jobs()
     sources = sorted(
         str(path.relative_to(ROOT))
@@ -110,9 +131,10 @@ def extension():
         ("TORCH_TARGET_VERSION", TARGET_TORCH[1]),
         ("LINFUSE_VERSION", f'"{version()}"'),
         ("LINFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("LINFUSE_INSTRUMENT", f'"{instrumented}"'),
     ]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
-    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", *warnings]}
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", *warnings, *added]}
     if cuda:
         sources += sorted(
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("kernels/*_cuda.cu")
@@ -132,6 +154,7 @@ def extension():
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
         extra_compile_args=flags,
+        extra_link_args=added,
     )
 
 

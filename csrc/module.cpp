@@ -16,6 +16,10 @@
 #define LINFUSE_TEXT_(x) #x
 #define LINFUSE_TEXT(x) LINFUSE_TEXT_(x)
 
+#if defined(LINFUSE_COVERAGE)
+extern "C" void __gcov_dump(void);
+#endif
+
 namespace py = pybind11;
 
 namespace linfuse {
@@ -36,6 +40,7 @@ py::dict build_info() {
   info["version"] = LINFUSE_VERSION;
   info["built_with_torch"] = LINFUSE_TORCH_VERSION;
   info["compiler"] = compiler();
+  info["instrument"] = LINFUSE_INSTRUMENT;
   info["simd"] = simd_name(simd_level());
   std::vector<std::string> available;
   for (SimdLevel level : simd_levels_available()) available.emplace_back(simd_name(level));
@@ -117,6 +122,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_engine", &linfuse::set_engine, py::arg("name"),
         "Lets fuse_conv_linear go by our kernels (\"own\"), by torch's convolution (\"torch\") or "
         "by the package's choice (\"auto\") from now on; returns what held before.");
+
+#if defined(LINFUSE_COVERAGE)
+  m.def("write_coverage", &__gcov_dump, "Writes gcov's counters; a process that is ended does not.");
+#endif
 
   m.def(
       "make_geometry",

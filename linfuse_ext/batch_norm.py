@@ -191,7 +191,7 @@ def fuse_bn(layer: nn.Module, bn: nn.Module) -> nn.Module:
             features as `layer` has outputs; a layer has hooks, is not initialised, or the devices
             differ.
 
-    Example:
+    Examples:
         >>> conv = torch.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False)
         >>> bn = torch.nn.BatchNorm2d(6, affine=False).eval()
         >>> fused = fuse_bn(conv, bn)
@@ -245,7 +245,7 @@ def fuse_bn_into(bn: nn.Module, layer: nn.Module) -> nn.Module:
             features as `layer` has inputs; a layer has hooks, is not initialised, or the devices
             differ.
 
-    Example:
+    Examples:
         >>> bn = torch.nn.BatchNorm1d(6).eval()
         >>> linear = torch.nn.Linear(6, 3)
         >>> fused = fuse_bn_into(bn, linear)

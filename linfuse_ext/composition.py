@@ -326,6 +326,9 @@ def find_merge(first: Conv, second: Conv, symmetric: bool = True) -> Merge | Ref
         if isinstance(result, Conv):
             return Merge(one, two, one is not first, two is not second, result)
         refusal = result
+        if (one, two) != (first, second):  # the rule speaks of settings that nobody wrote
+            kind = "transposed convolutions" if one.transposed else "convolutions"
+            refusal = Refusal(f"with both written as {kind}, {result.rule}", result.instead)
     return refusal
 
 

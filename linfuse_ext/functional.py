@@ -104,7 +104,7 @@ def conv_to_affine(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device.
 
-    Example:
+    Examples:
         >>> weight, bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
         >>> matrix, offset = conv_to_affine(weight, bias, input_size=3)
         >>> matrix
@@ -181,7 +181,7 @@ def conv_to_diagonals(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device.
 
-    Example:
+    Examples:
         >>> weight, bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
         >>> size, vectors, offset = conv_to_diagonals(weight, bias, input_size=3)
         >>> size, vectors
@@ -244,7 +244,7 @@ def fuse_conv_linear(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device.
 
-    Example:
+    Examples:
         >>> conv_weight, conv_bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
         >>> linear_weight, linear_bias = torch.tensor([[1.0, 10.0]]), torch.tensor([3.0])
         >>> fuse_conv_linear(conv_weight, conv_bias, linear_weight, linear_bias, input_size=3)
@@ -313,7 +313,7 @@ def fuse_linear_conv(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device.
 
-    Example:
+    Examples:
         >>> conv_weight, conv_bias = torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.5])
         >>> linear_weight = torch.tensor([[1.0], [10.0], [100.0]])
         >>> fuse_linear_conv(linear_weight, None, conv_weight, conv_bias, input_size=3)
@@ -359,7 +359,7 @@ def fuse_linear_linear(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong shape or device.
 
-    Example:
+    Examples:
         >>> first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])
         >>> fuse_linear_linear(first, torch.tensor([1.0, 1.0]), second, None)
         (tensor([[11.]]), tensor([7.]))
@@ -469,7 +469,7 @@ def fuse_conv_conv(
         TypeError: An argument has a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device.
 
-    Example:
+    Examples:
         >>> first, second = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
         >>> fuse_conv_conv(first, None, second, torch.tensor([5.0]))
         (tensor([[[ 3., 10.,  8.]]]), tensor([5.]))

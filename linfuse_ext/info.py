@@ -27,7 +27,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
         True for machine code of the same major and no later minor version, machine code of exactly
         this card (a suffix `a`), or PTX of no later version.
 
-    Example:
+    Examples:
         >>> covers("8.0;9.0a", (8, 6)), covers("8.0;9.0a", (10, 0)), covers("8.0+PTX", (10, 0))
         (True, False, True)
     """

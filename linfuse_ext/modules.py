@@ -145,7 +145,7 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
         TypeError: `conv` is no such layer, overrides its forward, or has an unsupported dtype.
         ValueError: `input_size` does not fit, or `conv` has hooks or is not initialised.
 
-    Example:
+    Examples:
         >>> conv = torch.nn.Conv2d(2, 5, 3, stride=2, padding=1)
         >>> linear = conv_to_linear(conv, (6, 7))
         >>> x = torch.rand(4, 2, 6, 7)
@@ -189,7 +189,7 @@ def fuse_conv_linear(conv: nn.Module, linear: nn.Module, input_size: Size) -> nn
         ValueError: `input_size` or the sizes of the layers do not fit, or a layer has hooks or is
             not initialised.
 
-    Example:
+    Examples:
         >>> conv, linear = torch.nn.Conv2d(5, 50, 5, stride=2), torch.nn.Linear(1250, 100)
         >>> fused = fuse_conv_linear(conv, linear, (13, 13))
         >>> fused
@@ -238,7 +238,7 @@ def fuse_linear_conv(linear: nn.Module, conv: nn.Module, input_size: Size) -> nn
         ValueError: `input_size` or the sizes of the layers do not fit, or a layer has hooks or is
             not initialised.
 
-    Example:
+    Examples:
         >>> linear, conv = torch.nn.Linear(16, 8 * 4 * 4), torch.nn.ConvTranspose2d(8, 3, 4, 2, 1)
         >>> fused = fuse_linear_conv(linear, conv, (4, 4))
         >>> fused
@@ -281,7 +281,7 @@ def fuse_linear_linear(first: nn.Module, second: nn.Module) -> nn.Linear:
         TypeError: An argument is no Linear, overrides its forward, or has an unsupported dtype.
         ValueError: The sizes do not fit, or a layer has hooks or is not initialised.
 
-    Example:
+    Examples:
         >>> first, second = torch.nn.Linear(3, 50), torch.nn.Linear(50, 2, bias=False)
         >>> fuse_linear_linear(first, second)
         Linear(in_features=3, out_features=2, bias=True)
@@ -332,7 +332,7 @@ def fuse_conv_conv(first: nn.Module, second: nn.Module) -> nn.Module:
         TypeError: An argument is no such layer, overrides its forward, or has an unsupported dtype.
         ValueError: The layers do not fit, or a layer has hooks or is not initialised.
 
-    Example:
+    Examples:
         >>> first, second = torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.Conv2d(64, 8, 1)
         >>> fuse_conv_conv(first, second)
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))

@@ -79,7 +79,7 @@ def pool_to_conv(
         TypeError: `pool` is no such layer, overrides its forward, or an argument has a wrong type.
         ValueError: An argument has a wrong value, or `pool` has hooks.
 
-    Example:
+    Examples:
         >>> pool = torch.nn.AvgPool2d(3, stride=2, padding=1)
         >>> conv = pool_to_conv(pool, channels=4)
         >>> conv

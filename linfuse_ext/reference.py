@@ -75,7 +75,7 @@ def conv_to_affine(
     Shapes and arguments are those of linfuse_ext.functional.conv_to_affine, but for `rows` and
     `layout`.
 
-    Example:
+    Examples:
         >>> conv_to_affine(torch.tensor([[[1.0, 2.0]]]), None, 3)[0]
         tensor([[1., 2., 0.],
                 [0., 1., 2.]])

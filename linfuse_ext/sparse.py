@@ -111,7 +111,7 @@ def count_stored(geometry: Geometry, rows: tuple[int, int] | None) -> int | None
 
     None where the sizes are symbolic and the padding repeats, so that there is no formula.
 
-    Example:
+    Examples:
         >>> from linfuse_ext.geometry import make_geometry
         >>> count_stored(make_geometry("layer", (64, 64, 3, 3), (64, 64), padding=1), None)
         147865600

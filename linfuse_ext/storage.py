@@ -139,7 +139,7 @@ def save_matrix(
             larger than `block_bytes`, or `conv` has hooks, holds no values, or is not initialised.
         OSError: The disk has not enough room, or `path` cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from safetensors.torch import load_file
         >>> folder = tempfile.TemporaryDirectory()

@@ -41,3 +41,8 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_configure(config: pytest.Config) -> None:
     # Inductor's worker processes would fight the tests for the cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_sessionfinish() -> None:
+    if hasattr(_C, "write_coverage"):  # a worker of these tests ends without its exit handlers
+        _C.write_coverage()

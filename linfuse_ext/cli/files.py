@@ -25,7 +25,7 @@ def byte_count(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is none, or not positive.
 
-    Example:
+    Examples:
         >>> byte_count("1000"), byte_count("1.5 MB"), byte_count("2GiB")
         (1000, 1500000, 2147483648)
     """

@@ -71,7 +71,7 @@ def lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def size_text(size: float) -> str:
     """Returns a number of bytes with its unit.
 
-    Example:
+    Examples:
         >>> size_text(999), size_text(1_250_000)
         ('999 B', '1.25 MB')
     """

@@ -94,7 +94,7 @@ def collapse(
         ValueError: The model is in training mode, torch.export cannot capture it, or an argument
             has a wrong value.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(
         ...     nn.Conv2d(1, 5, 5, stride=2, padding=1), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(5),

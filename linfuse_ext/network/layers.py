@@ -15,7 +15,7 @@ class BiasMap(nn.Module):
         layer: The layer, without a bias of its own.
         bias_map: `[C_out, *out]`, for inputs of one size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = BiasMap(nn.Conv2d(1, 2, 3, padding=1, bias=False), torch.ones(2, 5, 4))
         >>> layer(torch.zeros(7, 1, 5, 4)).shape
@@ -41,7 +41,7 @@ class ScaleShift(nn.Module):
         scale: Broadcasts to a sample.
         shift: Likewise; None for none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ScaleShift(torch.tensor([2.0]), torch.tensor([1.0]))(torch.ones(2, 3))
         tensor([[3., 3., 3.],

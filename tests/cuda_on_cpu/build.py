@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -20,16 +21,19 @@ COMPILER = "g++"
 _FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-strict-aliasing", "-DLINFUSE_WITH_CUDA"]
 _INCLUDES = [f"-I{path}" for path in (HERE / "shim", HERE, HERE / "planted", CSRC / "kernels")]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# Counts the lines of the kernels that are reached; gcov's notes lie beside the objects.
+_COUNTED = os.environ.get("LINFUSE_INSTRUMENT") == "coverage"
+_COVERAGE = ["--coverage"] if _COUNTED else []
 
 # What is added for the kernels, for the runner, for the shim, and to link.
 _VARIANTS = {
     # Calls a hook of ours (shim/races.cpp) for every access of a kernel to memory.
     "races": (["-fsanitize=thread"], [], [], []),
     "sanitized": (
-        [*_SANITIZERS, "-fno-omit-frame-pointer"],
+        [*_SANITIZERS, "-fno-omit-frame-pointer", *_COVERAGE],
         _SANITIZERS,
         ["-DCUDA_ON_CPU_ASAN"],
-        _SANITIZERS,
+        [*_SANITIZERS, *_COVERAGE],
     ),
 }
 
@@ -45,10 +49,13 @@ def build(variant: str, cache: Path) -> Path:
         return library
     for outdated in cache.glob(f"{variant}-*.so"):
         outdated.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder, library.name)
-        _build(variant, made)
-        os.replace(made, library)  # at once: another process may build the same
+    folder = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        _build(variant, folder / library.name)
+        os.replace(folder / library.name, library)  # at once: another process may build the same
+    finally:
+        if not _COUNTED:
+            shutil.rmtree(folder)
     return library
 
 

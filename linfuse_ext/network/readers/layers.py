@@ -11,13 +11,7 @@ from torch.fx import Node
 from ...composition import Conv
 from ...geometry import make_settings
 from ..costs import flops_of
-from ..maps import (
-    Convolution,
-    Deferred,
-    Dense,
-    Diagonal,
-    Operator,
-)
+from ..maps import Convolution, Deferred, Dense, Diagonal, Operator, deferred_full
 from ..operations import Call, Reading, reads
 
 
@@ -78,6 +72,15 @@ def _transposed(weight: Deferred) -> Deferred:
     return Deferred(weight.shape[::-1], lambda: weight.value.T)
 
 
+def _scaled(factor: Deferred, by: float) -> Deferred:
+    """By zero it is zero: torch does not look at what it would multiply."""
+    if by == 1:
+        return factor
+    return (
+        Deferred(factor.shape, lambda: factor.value * by) if by else deferred_full(factor.shape, 0)
+    )
+
+
 @reads("linear")
 def _linear_layer(call: Call) -> Reading | None:
     if not call.are_constants("weight", "bias") or len(call.out_shape) < 1:
@@ -100,13 +103,13 @@ def _bias_of_features(call: Call, bias: Deferred) -> Deferred | None:
 
 @reads("addmm")
 def _addmm(call: Call) -> Reading | None:
-    plain = call.are_numbers("alpha", "beta") and call["alpha"] == 1 and call["beta"] == 1
-    if not plain or not call.are_constants("self", "mat2"):
+    if not call.are_numbers("alpha", "beta") or not call.are_constants("self", "mat2"):
         return None
     bias = _bias_of_features(call, call.constants.deferred(call["self"]))
     if bias is None:
         return None
-    return _linear(call, call["mat1"], _transposed(call.constants.deferred(call["mat2"])), bias)
+    weight = _scaled(_transposed(call.constants.deferred(call["mat2"])), call["alpha"])
+    return _linear(call, call["mat1"], weight, _scaled(bias, call["beta"]))
 
 
 @reads("mm", "matmul")

@@ -1,0 +1,1 @@
+"""The pictures of the documentation, each a function that computes what it shows."""
