@@ -2,7 +2,7 @@
 
 LINFUSE_CUDA            auto (default), 0 or 1: whether the CUDA kernels are built
 TORCH_CUDA_ARCH_LIST    the cards to build for, as torch reads it
-LINFUSE_INSTRUMENT      sanitize, threads or coverage: a build that watches itself (tests/instrumented.py)
+LINFUSE_INSTRUMENT      sanitize, threads or coverage: a build that watches itself, for tests
 MAX_JOBS                compilers at a time
 """
 
