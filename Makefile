@@ -78,7 +78,7 @@ sanitize coverage: $(VENV)/installed
 	$(BIN)/python tests/instrumented.py $@
 
 wheel: $(VENV)/installed
-	$(BIN)/python tests/wheel.py
+	$(BIN)/python tests/wheel.py $(TESTS)
 
 clean:
 	rm -rf build dist site *.egg-info linfuse_ext/*.so $(VENV)

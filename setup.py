@@ -35,7 +35,7 @@ SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 INSTRUMENTS = {
     "": [],
     "sanitize": [*SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "threads": [*SANITIZED, "-fsanitize=thread"],
+    "threads": [*SANITIZED, "-fsanitize=thread", "-DLINFUSE_PLAIN_THREADS"],
     "coverage": ["-Og", "--coverage", "-DLINFUSE_COVERAGE"],
 }
 

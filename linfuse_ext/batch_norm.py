@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FusionError
+from .meshes import gathered, on_one_mesh, placed_as_layers
 from .modules import (
     _CONVOLUTIONS,
     _TRANSPOSED,
@@ -79,14 +80,24 @@ def _check_tensors(op: str, weight: Tensor, bn: Any) -> None:
 
 def _scale_and_shift(bn: Any) -> tuple[Tensor, Tensor]:
     """The affine map of a BatchNorm in eval mode, in float64, each `[num_features]`."""
-    weight, bias = _parameters(bn)
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    weight, bias = (gathered(parameter) for parameter in _parameters(bn))
+    scale = (gathered(bn.running_var).double() + bn.eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
-    shift = -bn.running_mean.double() * scale
+    shift = -gathered(bn.running_mean).double() * scale
     if bias is not None:
         shift = shift + bias.double()
     return scale, shift
+
+
+def _operands(layer: Any, old: tuple[Tensor, Tensor | None], *maps: Tensor) -> tuple[Any, ...]:
+    """Weight and bias of a layer beside a BatchNorm's map: a sharded Linear is left where it is.
+
+    The kernels of a convolution are small, and groups cut them across their shards.
+    """
+    if isinstance(layer, nn.Linear):
+        return on_one_mesh(*old, *maps)
+    return (*(gathered(parameter) for parameter in old), *maps)
 
 
 def _in_groups(layer: Any, weight: Tensor) -> Tensor:
@@ -117,6 +128,7 @@ def _remade(
     """A layer of the kind and settings of `layer` with a new weight, in groups, and bias."""
     old_weight, old_bias = old
     weight, bias = grouped.flatten(0, 1).to(old_weight.dtype), bias.to(old_weight.dtype)
+    weight, bias = placed_as_layers(weight, bias, [old])
     weight_grad = _requires_grad(old_weight, bn.weight)
     bias_grad = _requires_grad(old_bias, bn.bias)
     if isinstance(layer, nn.Linear):
@@ -204,10 +216,10 @@ def fuse_bn(layer: nn.Module, bn: nn.Module) -> nn.Module:
     weight, bias = _parameters(layer)
     _check_tensors(op, weight, bn)
     with torch.no_grad():
-        scale, shift = _scale_and_shift(bn)
-        grouped = _in_groups(layer, weight)
+        whole, old_bias, scale, shift = _operands(layer, (weight, bias), *_scale_and_shift(bn))
+        grouped = _in_groups(layer, whole)
         merged = grouped * _per_channel(layer, scale, grouped, "out")
-        merged_bias = shift if bias is None else shift + scale * bias.double()
+        merged_bias = shift if old_bias is None else shift + scale * old_bias.double()
         return _remade(layer, bn, (weight, bias), merged, merged_bias)
 
 
@@ -260,8 +272,9 @@ def fuse_bn_into(bn: nn.Module, layer: nn.Module) -> nn.Module:
     with torch.no_grad():
         scale, shift = _scale_and_shift(bn)
         _check_shift_is_exact(op, layer, weight, bn, shift)
-        grouped = _in_groups(layer, weight)
+        whole, old_bias, scale, shift = _operands(layer, (weight, bias), scale, shift)
+        grouped = _in_groups(layer, whole)
         merged = grouped * _per_channel(layer, scale, grouped, "in")
         added = _sum_to_out_channels(layer, grouped * _per_channel(layer, shift, grouped, "in"))
-        merged_bias = added if bias is None else added + bias.double()
+        merged_bias = added if old_bias is None else added + old_bias.double()
         return _remade(layer, bn, (weight, bias), merged, merged_bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
+from .meshes import call_sharded
 
 
 def call(
@@ -35,7 +36,10 @@ def call_with(
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = op(*operands, *arguments, **options)
             return outputs
-    outputs = op(*operands, *arguments, **options)
+    if torch.compiler.is_compiling():
+        outputs = op(*operands, *arguments, **options)
+    else:
+        outputs = call_sharded(op, operands, *arguments, **options)
     return outputs
 
 

@@ -10,6 +10,7 @@ worded "op: `argument` requirement, got value".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from . import sparse, torch_engine
 from .calls import call, call_with
 from .composition import Conv, Merge, compose
-from .geometry import Geometry, as_int, make_geometry, make_settings, remembered
-from .operands import check_bias, check_tensor
+from .geometry import Geometry, as_int, check_fits, make_geometry, make_settings, remembered
+from .meshes import check_meshes, check_not_sharded, is_sharded, on_whole, wants_gradient
+from .operands import check_bias, check_holds_values, check_tensor
 
 __all__ = [
     "conv_to_affine",
@@ -132,6 +134,9 @@ def conv_to_affine(
     block = _check_rows(op, rows, geometry)
     sparse.check_index_dtype(op, index_dtype, layout, geometry, block)
     if layout != torch.strided:
+        check_not_sharded(f"{op} with layout {layout}", "weight", weight)
+        if layout == torch.sparse_csr and not weight.is_meta:
+            check_holds_values(op, "weight", weight, "torch makes no fake tensors of this layout")
         matrix = sparse.make_matrix(weight, geometry, layout, block, index_dtype)
         return matrix, sparse.make_offset(weight, bias, geometry, block)
     matrix, offset = call(_OPS.conv_to_affine.default, geometry, weight, bias, rows=block)
@@ -192,9 +197,11 @@ def conv_to_diagonals(
     """
     op = "conv_to_diagonals"
     check_tensor(op, "weight", weight)
+    check_not_sharded(op, "weight", weight)
     settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
     geometry = make_geometry(op, weight.shape, input_size, *settings)
     check_bias(op, "bias", bias, weight, geometry.out_channels)
+    check_holds_values(op, "weight", weight, "it is looked up which diagonals there are")
     return sparse.make_diagonals(weight, bias, geometry)
 
 
@@ -377,8 +384,18 @@ def fuse_linear_linear(
         )
     check_bias(op, "first_bias", first_bias, first_weight, first_weight.shape[0])
     check_bias(op, "second_bias", second_bias, first_weight, second_weight.shape[0])
+    check_fits(op, [second_weight.shape[0] * max(1, first_weight.shape[1]) * 8])
+    check_meshes(
+        op,
+        {
+            "first_weight": first_weight,
+            "first_bias": first_bias,
+            "second_weight": second_weight,
+            "second_bias": second_bias,
+        },
+    )
     wide = torch.promote_types(first_weight.dtype, torch.float32)
-    bias = torch.zeros(second_weight.shape[0], dtype=wide, device=first_weight.device)
+    bias = second_weight.new_zeros(second_weight.shape[0], dtype=wide)
     if first_bias is not None:
         bias = second_weight.to(wide) @ first_bias.to(wide)
     if second_bias is not None:
@@ -405,7 +422,14 @@ def _merge(
     each = len(settings) // 2
     first = make_settings(f"{op}, first layer", first_size, *settings[:each])
     second = make_settings(f"{op}, second layer", second_size, *settings[each:])
-    return compose(op, Conv.of(first, first_has_bias), Conv.of(second, second_has_bias))
+    merge = compose(op, Conv.of(first, first_has_bias), Conv.of(second, second_has_bias))
+    settings = (first, second, merge.result)
+    numbers = [n for each in settings for n in (*each.stride, *each.dilation)]
+    numbers += [n for each in settings for pair in each.padding for n in pair]
+    result = merge.result
+    channels = result.out_channels * result.in_channels // result.groups
+    check_fits(op, [*numbers, math.prod(result.kernel_size) * channels * 8])
+    return merge
 
 
 def fuse_conv_conv(
@@ -509,6 +533,12 @@ def merge_weights(
         Weight and bias, of the dtype of `first_weight`.
     """
     first, second = merge.first, merge.second
+    operands = (first_weight, first_bias, second_weight, second_bias)
+    if any(map(is_sharded, operands)):
+        turned = merge.turn_first or merge.turn_second or merge.result.transposed
+        if turned or wants_gradient(*operands):  # more than the op itself, which has its rule
+            weight, bias = on_whole(lambda *whole: merge_weights(merge, *whole), *operands)
+            return weight, bias
     if merge.turn_first:
         first_weight = torch_engine.turn(first_weight, first.groups)
     if merge.turn_second:

@@ -106,7 +106,7 @@ def as_int(op: str, name: str, value: Any) -> int:
     if not isinstance(value, int):
         try:
             value = operator.index(value)
-        except TypeError:
+        except (TypeError, RuntimeError):  # the latter of a tensor on meta, which has no value
             raise TypeError(
                 f"{op}: `{name}` must be an int, got {value!r} ({type(value).__name__})"
             ) from None
@@ -121,7 +121,8 @@ def _as_ints(op: str, name: str, value: Any) -> tuple[int, ...]:
     return (as_int(op, name, value),)
 
 
-def _per_axis(op: str, name: str, value: Any, axes: int, least: int) -> tuple[int, ...]:
+def per_axis(op: str, name: str, value: Any, axes: int, least: int) -> tuple[int, ...]:
+    """One value of at least `least` for each axis, of an int or a sequence."""
     values = _as_ints(op, name, value)
     if len(values) != axes and len(values) != 1:
         raise ValueError(f"{op}: `{name}` must have one value or {axes}, got {values}")
@@ -156,9 +157,9 @@ def _padding_pairs(
         return tuple((total // 2, total - total // 2) for total in totals)
     values = _as_ints(op, "padding", padding)
     if len(values) == 2 * axes:
-        values = _per_axis(op, "padding", values, 2 * axes, 0)
+        values = per_axis(op, "padding", values, 2 * axes, 0)
         return tuple(zip(values[::2], values[1::2], strict=True))
-    return tuple((value, value) for value in _per_axis(op, "padding", values, axes, 0))
+    return tuple((value, value) for value in per_axis(op, "padding", values, axes, 0))
 
 
 def _output_size(
@@ -257,8 +258,8 @@ def make_settings(
             f"{op}: `padding_mode` must be 'zeros' for a transposed convolution, "
             f"got {padding_mode!r}"
         )
-    steps = _per_axis(op, "stride", stride, axes, 1)
-    spread = _per_axis(op, "dilation", dilation, axes, 1)
+    steps = per_axis(op, "stride", stride, axes, 1)
+    spread = per_axis(op, "dilation", dilation, axes, 1)
     geometry = Geometry(
         input_size=(),
         kernel_size=kernel_size,
@@ -268,7 +269,7 @@ def make_settings(
         dilation=spread,
         groups=groups,
         transposed=transposed,
-        output_padding=_per_axis(op, "output_padding", output_padding, axes, 0),
+        output_padding=per_axis(op, "output_padding", output_padding, axes, 0),
         padding_mode=padding_mode,
         in_channels=shape[0] if transposed else shape[1] * groups,
         out_channels=shape[1] * groups if transposed else shape[0],
@@ -299,10 +300,10 @@ def make_geometry(
     """
     geometry = make_settings(op, weight_size, *settings, **named)
     axes = len(geometry.kernel_size)
-    geometry = geometry._replace(input_size=_per_axis(op, "input_size", input_size, axes, 1))
+    geometry = geometry._replace(input_size=per_axis(op, "input_size", input_size, axes, 1))
     _check_padding(op, geometry)
     geometry = geometry._replace(output_size=_output_size(op, geometry))
-    _check_fits(op, geometry)
+    _check_geometry_fits(op, geometry)
     return geometry
 
 
@@ -336,7 +337,7 @@ def _check_padding(op: str, geometry: Geometry) -> None:
             )
 
 
-def _check_fits(op: str, geometry: Geometry) -> None:
+def _check_geometry_fits(op: str, geometry: Geometry) -> None:
     """Sizes are 64-bit, and so is the number of bytes of the widest matrix."""
     numbers = [
         *geometry.stride,
@@ -345,5 +346,10 @@ def _check_fits(op: str, geometry: Geometry) -> None:
         *((k - 1) * d for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)),
         geometry.rows * geometry.cols * 8,
     ]
+    check_fits(op, numbers)
+
+
+def check_fits(op: str, numbers: Sequence[int]) -> None:
+    """Sizes, and the bytes of a result, are 64-bit everywhere."""
     if any(number > _LARGEST for number in numbers):
         raise ValueError(f"{op}: the sizes must fit in 63 bits, they do not")

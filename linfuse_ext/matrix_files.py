@@ -182,6 +182,22 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 @contextmanager
+def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """A zip archive that is closed when it is complete, and otherwise left as it is.
+
+    ZipFile's own `with` complains of a member that is open still, in the place of the interrupt
+    that came in between.
+    """
+    archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+    try:
+        yield archive
+    except BaseException:
+        archive.fp = None  # it counts as closed
+        raise
+    archive.close()
+
+
+@contextmanager
 def _member(
     archive: zipfile.ZipFile, name: str, descr: str, shape: tuple[int, ...]
 ) -> Iterator[Any]:
@@ -204,7 +220,7 @@ def write_npz(file: BinaryIO, matrix: BlockedMatrix, advance: Advance) -> None:
     """
     rows, stored = matrix.geometry.rows, matrix.stored
     value, index = _NUMPY_NAMES[matrix.weight.dtype], _NUMPY_NAMES[matrix.index_dtype]
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with _archive(file) as archive:
         with _member(archive, "format", "|S3", ()) as member:
             member.write(b"csr")
         with _member(archive, "shape", "<i8", (2,)) as member:

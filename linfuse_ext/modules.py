@@ -2,7 +2,8 @@
 
 Arguments are never changed. Results keep dtype, device, `training` and `requires_grad`, have no
 bias where none is left, and hold fresh parameters; for gradients through a merge use
-linfuse_ext.functional.
+linfuse_ext.functional. Layers may be sharded, see linfuse_ext.distributed: what comes of them is
+sharded as the Linear was, or else the larger layer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import functional
 from .composition import Conv, compose
 from .functional import Size
 from .geometry import make_geometry, make_settings
+from .meshes import is_of_a_mesh, let_go, on_one_mesh, placed_as_layers
 from .operands import check_tensor
 
 __all__ = [
@@ -46,7 +48,8 @@ def _check_module(op: str, name: str, module: Any, kinds: tuple[type[nn.Module],
             )
     if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
         raise ValueError(f"{op}: `{name}` must be initialised; run one batch through it first")
-    if module._forward_hooks or module._forward_pre_hooks:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if not all(is_of_a_mesh(hook) for hook in hooks):
         raise ValueError(
             f"{op}: `{name}` must have no forward hooks, as the merged layer would lose them; "
             "remove them first"
@@ -69,11 +72,20 @@ def _conv_keywords(conv: Any) -> dict[str, Any]:
 
 def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, each read once: a parametrised layer computes them at every look."""
+    let_go(layer)
     return layer.weight, layer.bias
 
 
 def _requires_grad(*parameters: Tensor | None) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
+
+
+def _placed(
+    weight: Tensor, bias: Tensor, *layers: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """A merged weight and bias where the layers' were; no bias where none of these has one."""
+    kept = None if all(each is None for _, each in layers) else bias
+    return placed_as_layers(weight, kept, layers)
 
 
 @functools.cache
@@ -158,10 +170,11 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
     check_tensor(op, "weight", weight)
     make_geometry(op, weight.shape, input_size, **_conv_keywords(conv))  # errors name this op
     with torch.no_grad():
-        matrix, offset = functional.conv_to_affine(weight, bias, input_size, **_conv_keywords(conv))
+        kernel, each = on_one_mesh(weight, bias)
+        matrix, offset = functional.conv_to_affine(kernel, each, input_size, **_conv_keywords(conv))
+        made = _placed(matrix, offset, (weight, bias))
     return _make_linear(
-        matrix,
-        None if bias is None else offset,
+        *made,
         _requires_grad(weight),
         _requires_grad(bias),
         conv.training,
@@ -204,12 +217,13 @@ def fuse_conv_linear(conv: nn.Module, linear: nn.Module, input_size: Size) -> nn
     conv_weight, conv_bias = _parameters(conv)
     linear_weight, linear_bias = _parameters(linear)
     with torch.no_grad():
-        weight, bias = functional.fuse_conv_linear(
-            conv_weight, conv_bias, linear_weight, linear_bias, input_size, **_conv_keywords(conv)
+        kernel, offset, rows, bias = on_one_mesh(conv_weight, conv_bias, linear_weight, linear_bias)
+        merged = functional.fuse_conv_linear(
+            kernel, offset, rows, bias, input_size, **_conv_keywords(conv)
         )
+        made = _placed(*merged, (linear_weight, linear_bias), (conv_weight, conv_bias))
     return _make_linear(
-        weight,
-        None if conv_bias is None and linear_bias is None else bias,
+        *made,
         _requires_grad(conv_weight, linear_weight),
         _requires_grad(conv_bias, linear_bias),
         conv.training or linear.training,
@@ -254,12 +268,13 @@ def fuse_linear_conv(linear: nn.Module, conv: nn.Module, input_size: Size) -> nn
     linear_weight, linear_bias = _parameters(linear)
     conv_weight, conv_bias = _parameters(conv)
     with torch.no_grad():
-        weight, bias = functional.fuse_linear_conv(
-            linear_weight, linear_bias, conv_weight, conv_bias, input_size, **_conv_keywords(conv)
+        rows, bias, kernel, offset = on_one_mesh(linear_weight, linear_bias, conv_weight, conv_bias)
+        merged = functional.fuse_linear_conv(
+            rows, bias, kernel, offset, input_size, **_conv_keywords(conv)
         )
+        made = _placed(*merged, (linear_weight, linear_bias), (conv_weight, conv_bias))
     return _make_linear(
-        weight,
-        None if conv_bias is None and linear_bias is None else bias,
+        *made,
         _requires_grad(linear_weight, conv_weight),
         _requires_grad(linear_bias, conv_bias),
         linear.training or conv.training,
@@ -292,12 +307,11 @@ def fuse_linear_linear(first: nn.Module, second: nn.Module) -> nn.Linear:
     first_weight, first_bias = _parameters(first)
     second_weight, second_bias = _parameters(second)
     with torch.no_grad():
-        weight, bias = functional.fuse_linear_linear(
-            first_weight, first_bias, second_weight, second_bias
-        )
+        operands = on_one_mesh(first_weight, first_bias, second_weight, second_bias)
+        merged = functional.fuse_linear_linear(*operands)
+        made = _placed(*merged, (first_weight, first_bias), (second_weight, second_bias))
     return _make_linear(
-        weight,
-        None if first_bias is None and second_bias is None else bias,
+        *made,
         _requires_grad(first_weight, second_weight),
         _requires_grad(first_bias, second_bias),
         first.training or second.training,
@@ -349,13 +363,12 @@ def fuse_conv_conv(first: nn.Module, second: nn.Module) -> nn.Module:
         _conv_settings(op, second, second_weight, second_bias),
     )
     with torch.no_grad():
-        weight, bias = functional.merge_weights(
-            merge, first_weight, first_bias, second_weight, second_bias
-        )
+        operands = on_one_mesh(first_weight, first_bias, second_weight, second_bias)
+        merged = functional.merge_weights(merge, *operands)
+        made = _placed(*merged, (first_weight, first_bias), (second_weight, second_bias))
     fused = _make_conv(
         merge.result,
-        weight,
-        bias if merge.result.bias else None,
+        *made,
         _requires_grad(first_weight, second_weight),
         _requires_grad(first_bias, second_bias),
     )

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .geometry import DTYPES, Geometry, make_geometry
+from .geometry import DTYPES, Geometry, check_fits, make_geometry, per_axis
 
 Size = tuple[int | None, ...]
 
@@ -28,10 +30,15 @@ def check_tensor(
 
     Raises:
         TypeError: It is no dense tensor, or of another dtype.
-        ValueError: It is on another device or of another shape, or carries a forward-mode tangent.
+        ValueError: It is on another device or of another shape, has none yet, or carries a
+            forward-mode tangent.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}")
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise ValueError(
+            f"{op}: `{name}` must have a shape, got a parameter of a lazy layer that has not run"
+        )
     # Without this, forward-mode derivatives of a custom op are zeros without a word.
     if forward_ad._current_level >= 0 and _tangent(tensor) is not None:
         raise ValueError(
@@ -60,6 +67,12 @@ def check_tensor(
         numbers = ", ".join("F" if n is None else str(n) for n in size)
         text = f"({numbers},)" if len(size) == 1 else f"({numbers})"
         raise ValueError(f"{op}: `{name}` must have shape {text}, got {tuple(tensor.shape)}")
+
+
+def check_holds_values(op: str, name: str, tensor: Tensor, why: str) -> None:
+    """Refuses a tensor that stands for one, on meta or fake, where values are asked for."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise ValueError(f"{op}: `{name}` must hold values, as {why}, got a tensor without any")
 
 
 def check_bias(op: str, name: str, bias: Tensor | None, like: Tensor, size: int) -> None:
@@ -95,59 +108,92 @@ def op_rows(op: str, geometry: Geometry, keywords: Any) -> tuple[int, int]:
 
 def check_fuse_conv_linear(
     op: str,
-    geometry: Geometry,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-) -> None:
-    """Checks the operands of fuse_conv_linear against their geometry."""
+    arguments: Any,
+    keywords: Any,
+) -> Geometry:
+    """Checks the operands of fuse_conv_linear against their geometry, which it returns."""
     check_tensor(op, "conv_weight", conv_weight)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "linear_weight", linear_weight, conv_weight, (None, geometry.rows))
     check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
     check_bias(op, "linear_bias", linear_bias, conv_weight, linear_weight.shape[0])
+    return geometry
 
 
 def check_fuse_linear_conv(
     op: str,
-    geometry: Geometry,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-) -> None:
-    """Checks the operands of fuse_linear_conv against their geometry."""
+    arguments: Any,
+    keywords: Any,
+) -> Geometry:
+    """Checks the operands of fuse_linear_conv against their geometry, which it returns."""
     check_tensor(op, "conv_weight", conv_weight)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "linear_weight", linear_weight, conv_weight, (geometry.cols, None))
     check_bias(op, "linear_bias", linear_bias, conv_weight, geometry.cols)
     check_bias(op, "conv_bias", conv_bias, conv_weight, geometry.out_channels)
+    return geometry
 
 
 def check_fuse_conv_conv(
     first_weight: Tensor,
+    first_bias: Tensor | None,
     second_weight: Tensor,
+    second_bias: Tensor | None,
     first_stride: Sequence[int],
     first_dilation: Sequence[int],
+    first_groups: int,
     second_dilation: Sequence[int],
     second_groups: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What an element of each kernel moves by, per axis, once the weights are known to fit."""
+    """What an element of each kernel moves by, per axis, once the operands are known to fit.
+
+    Mirrors the checks of csrc/ops/fuse_conv_conv.cpp.
+    """
+    op = "fuse_conv_conv"
+    check_tensor(op, "first_weight", first_weight)
+    check_tensor(op, "second_weight", second_weight, first_weight)
     axes = first_weight.dim() - 2
     if not 1 <= axes <= 3 or second_weight.dim() != axes + 2:
         raise ValueError(
-            "fuse_conv_conv: both weights must have the same 3, 4 or 5 dimensions, got shapes "
+            f"{op}: both weights must have the same 3, 4 or 5 dimensions, got shapes "
             f"{tuple(first_weight.shape)} and {tuple(second_weight.shape)}"
         )
-    if first_weight.shape[0] != second_weight.shape[1] * second_groups:
+    for weight in (first_weight, second_weight):
+        if any(size < 1 for size in weight.shape):
+            raise ValueError(
+                f"{op}: the weights must have no empty dimension, got shape {tuple(weight.shape)}"
+            )
+    middle, out_channels = first_weight.shape[0], second_weight.shape[0]
+    for name, groups, channels in (
+        ("first_groups", first_groups, middle),
+        ("second_groups", second_groups, out_channels),
+    ):
+        if groups < 1 or channels % groups != 0:
+            raise ValueError(
+                f"{op}: `{name}` must be at least 1 and divide the layer's {channels} output "
+                f"channels, got {groups}"
+            )
+    if middle != second_weight.shape[1] * second_groups:
         raise ValueError(
-            f"fuse_conv_conv: `second_weight` must take the {first_weight.shape[0]} channels that "
-            f"the first puts out, got {second_weight.shape[1] * second_groups}"
+            f"{op}: `second_weight` must take the {middle} channels that the first puts out, got "
+            f"{second_weight.shape[1] * second_groups}"
         )
-    stride, dilation, second_dilation = (
-        tuple(values) * axes if len(values) == 1 else tuple(values)
-        for values in (first_stride, first_dilation, second_dilation)
-    )
-    return dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
+    check_bias(op, "first_bias", first_bias, first_weight, middle)
+    check_bias(op, "second_bias", second_bias, first_weight, out_channels)
+    stride = per_axis(op, "first_stride", first_stride, axes, 1)
+    dilation = per_axis(op, "first_dilation", first_dilation, axes, 1)
+    second_dilation = per_axis(op, "second_dilation", second_dilation, axes, 1)
+    steps = dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
+    check_fits(op, steps[1])
+    return steps
 
 
 def _fits(tensor: Tensor, size: Size) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import FusionError
 from .functional import Size
-from .geometry import DTYPES, _per_axis, as_int
+from .geometry import DTYPES, as_int, per_axis
 from .modules import _CONVOLUTIONS, _check_module
 
 __all__ = ["pool_to_conv"]
@@ -100,14 +100,14 @@ def pool_to_conv(
         raise TypeError(
             f"{op}: `dtype` must be float32, float64, float16 or bfloat16, got {dtype!r}"
         )
-    kernel = _per_axis(op, "pool.kernel_size", layer.kernel_size, axes, 1)
-    stride = _per_axis(op, "pool.stride", layer.stride, axes, 1)
-    padding = _per_axis(op, "pool.padding", layer.padding, axes, 0)
+    kernel = per_axis(op, "pool.kernel_size", layer.kernel_size, axes, 1)
+    stride = per_axis(op, "pool.stride", layer.stride, axes, 1)
+    padding = per_axis(op, "pool.padding", layer.padding, axes, 0)
     if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"{op}: `pool.padding` must be at most half of the kernel size {kernel}, got {padding}"
         )
-    size = None if input_size is None else _per_axis(op, "input_size", input_size, axes, 1)
+    size = None if input_size is None else per_axis(op, "input_size", input_size, axes, 1)
     divisor = getattr(layer, "divisor_override", None)
     if divisor == 0:
         raise ValueError(f"{op}: `pool.divisor_override` must not be zero, got {divisor}")

@@ -40,8 +40,8 @@ _OPS = torch.ops.linfuse
 @torch.library.register_fake("linfuse::conv_to_affine")
 def _(weight: Tensor, bias: Tensor | None, *arguments: Any, **keywords: Any) -> Any:
     op = "conv_to_affine"
-    geometry = op_geometry(op, weight.shape, arguments, keywords)
     check_tensor(op, "weight", weight)
+    geometry = op_geometry(op, weight.shape, arguments, keywords)
     check_bias(op, "bias", bias, weight, geometry.out_channels)
     start, stop = op_rows(op, geometry, keywords)
     return weight.new_empty(stop - start, geometry.cols), weight.new_empty(stop - start)
@@ -66,8 +66,9 @@ def _(
     **keywords: Any,
 ) -> Any:
     op = "fuse_conv_linear"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
-    check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
+    geometry = check_fuse_conv_linear(
+        op, conv_weight, conv_bias, linear_weight, linear_bias, arguments, keywords
+    )
     features = linear_weight.shape[0]
     return conv_weight.new_empty(features, geometry.cols), conv_weight.new_empty(features)
 
@@ -82,8 +83,9 @@ def _(
     **keywords: Any,
 ) -> Any:
     op = "fuse_linear_conv"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
-    check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
+    geometry = check_fuse_linear_conv(
+        op, linear_weight, linear_bias, conv_weight, conv_bias, arguments, keywords
+    )
     features = linear_weight.shape[1]
     return conv_weight.new_empty(geometry.rows, features), conv_weight.new_empty(geometry.rows)
 
@@ -91,8 +93,8 @@ def _(
 @torch.library.register_fake("linfuse::convolve_rows")
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
     op = "convolve_rows"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "conv_weight", conv_weight)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
     return rows.new_empty(rows.shape[0], geometry.rows)
 
@@ -103,8 +105,8 @@ def _(
 ) -> Any:
     op = "fuse_conv_linear_backward_conv"
     geometry = op_geometry(op, weight_size, arguments, keywords)
-    features = grad_weight.shape[0]
     check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
+    features = grad_weight.shape[0]
     check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
     return grad_weight.new_empty(weight_size)
 
@@ -125,7 +127,15 @@ def _(
     second_groups: int = 1,
 ) -> Any:
     steps = check_fuse_conv_conv(
-        first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
+        first_weight,
+        first_bias,
+        second_weight,
+        second_bias,
+        first_stride,
+        first_dilation,
+        first_groups,
+        second_dilation,
+        second_groups,
     )
     sizes = first_weight.shape[2:], second_weight.shape[2:]
     common = common_divisor(first_groups, second_groups)
@@ -212,12 +222,14 @@ def _fuse_conv_linear_gradient(ctx: Any, grad: Tensor | None, grad_bias: Tensor 
         by_linear_bias = grad_bias
     if grad_bias is not None and conv_bias is not None:
         channels = conv_bias.shape[0]
+        positions = linear_weight.shape[1] // channels
         wide = torch.promote_types(conv_bias.dtype, torch.float32)
         if ctx.needs_input_grad[1]:
-            sums = linear_weight.view(linear_weight.shape[0], channels, -1).sum(2, dtype=wide)
+            # Spelled out: without rows nothing can be inferred.
+            images = linear_weight.view(linear_weight.shape[0], channels, positions)
+            sums = images.sum(2, dtype=wide)
             by_conv_bias = (grad_bias.to(wide)[:, None] * sums).sum(0).to(conv_bias.dtype)
         if ctx.needs_input_grad[2]:
-            positions = linear_weight.shape[1] // channels
             by_bias = grad_bias[:, None] * conv_bias.repeat_interleave(
                 positions, output_size=channels * positions
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .calls import call
 from .geometry import Geometry
-from .operands import op_geometry, op_rows
+from .operands import check_tensor, op_geometry, op_rows
 from .registrations import _none_for, _one_by_one
 
 _OPS = torch.ops.linfuse
@@ -130,6 +130,7 @@ def count_stored(geometry: Geometry, rows: tuple[int, int] | None) -> int | None
 @torch.library.register_fake("linfuse::conv_to_csr")
 def _(weight: Tensor, *arguments: Any, index32: bool = False, **keywords: Any) -> Any:
     op = "conv_to_csr"
+    check_tensor(op, "weight", weight)
     geometry = op_geometry(op, weight.shape, arguments, keywords)
     start, stop = op_rows(op, geometry, keywords)
     stored: Any = count_stored(geometry, keywords.get("rows"))
@@ -218,6 +219,11 @@ def check_index_dtype(
         raise ValueError(
             f"{op}: `index_dtype` must be {allowed} for the layout {layout}, got {index_dtype}"
         )
+    start, stop = (0, geometry.rows) if rows is None else rows
+    most = (stop - start) * geometry.in_channels // geometry.groups
+    most *= math.prod(geometry.kernel_size)
+    if max(most, geometry.cols) <= _LARGEST_INT32:
+        return  # without counting, which takes time where padding repeats
     stored = count_stored(geometry, rows)
     if stored is not None and max(stored, geometry.cols) > _LARGEST_INT32:
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import nn
 from .functional import Size
 from .geometry import DTYPES, as_int, make_geometry
 from .matrix_files import Advance, BlockedMatrix, write_npz, write_safetensors
+from .meshes import check_not_sharded
 from .modules import _CONVOLUTIONS, _TRANSPOSED, _check_module, _conv_keywords, _parameters
 
 __all__ = ["save_matrix"]
@@ -36,8 +37,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # the name must not reach the disk before the elements do
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say of what file
         raise
 
 
@@ -155,6 +158,7 @@ def save_matrix(
     weight, bias = _parameters(conv)
     dtype = weight.dtype if dtype is None else dtype
     target = _check_arguments(path, layout, dtype)
+    check_not_sharded(_OP, "conv.weight", weight)
     if weight.is_meta:
         raise ValueError(f"{_OP}: `conv` must hold values, got parameters on the meta device")
     block_bytes = as_int(_OP, "block_bytes", block_bytes)

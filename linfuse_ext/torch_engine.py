@@ -126,14 +126,20 @@ def _convolve(
     transposed: bool,
     output_padding: Sequence[int] | None = None,
 ) -> Tensor:
-    axes = len(geometry.stride)
-    zeros = [0] * axes
+    zeros = [0] * len(geometry.stride)
+    stride = list(geometry.stride)
+    if not transposed:
+        # Where the kernel spans the image there is no second step, but torch up to 2.13 may take
+        # one in bfloat16 (https://github.com/pytorch/pytorch/issues/169688).
+        spans = ((k - 1) * d + 1 for k, d in zip(weight.shape[2:], geometry.dilation, strict=True))
+        for axis, (size, span) in enumerate(zip(images.shape[2:], spans, strict=True)):
+            stride[axis] = 1 if size == span else stride[axis]
     with _own_precision(images):
         images = torch.ops.aten.convolution(
             images,
             weight,
             None,
-            geometry.stride,
+            stride,
             zeros,
             geometry.dilation,
             transposed,
@@ -246,10 +252,10 @@ def composed_kernel(
     out_channels, between = second.shape[0] // common, second.shape[1]
     second = second.reshape(common, out_channels, between, *second.shape[2:]).transpose(0, 1)
     apart = tap_spacing((first.shape[2:], second.shape[3:]), steps)
-    # In units of the spacing; the step of a kernel of one element plays no part.
-    stride, dilation = (
-        [max(1, step // unit) for step, unit in zip(each, apart, strict=True)]
-        for each in (steps[1], steps[0])
+    # In units of the spacing; the step of a kernel of one element plays no part, however large.
+    dilation, stride = (
+        [step // unit if k > 1 else 1 for k, step, unit in zip(size, each, apart, strict=True)]
+        for size, each in zip((first.shape[2:], second.shape[3:]), steps, strict=True)
     )
     kernel: Tensor = torch.ops.aten.convolution(
         second.reshape(out_channels, common * between, *second.shape[3:]),
@@ -287,7 +293,7 @@ def merged_bias(
 
     `second` is the weight of the second as a convolution, `[C_out, C_mid / groups, *k2]`.
     """
-    bias = torch.zeros(second.shape[0], dtype=torch.float64, device=second.device)
+    bias = second.new_zeros(second.shape[0], dtype=torch.float64)
     if first_bias is not None:
         sums = second.double().flatten(2).sum(2).reshape(groups, -1, second.shape[1])
         bias = (sums @ first_bias.double().reshape(groups, -1, 1)).reshape(-1)

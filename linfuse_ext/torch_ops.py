@@ -25,8 +25,8 @@ from .operands import (
 @torch.library.impl("linfuse::convolve_rows", ("cpu", "cuda"))
 def _(rows: Tensor, conv_weight: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     op = "convolve_rows"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "conv_weight", conv_weight)
+    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
     check_tensor(op, "rows", rows, conv_weight, (None, geometry.cols))
     return torch_engine.convolve_rows(conv_weight, rows, geometry).contiguous()
 
@@ -37,8 +37,8 @@ def _(
 ) -> Tensor:
     op = "fuse_conv_linear_backward_conv"
     geometry = op_geometry(op, weight_size, arguments, keywords)
-    features = grad_weight.shape[0]
     check_tensor(op, "grad_weight", grad_weight, None, (None, geometry.cols))
+    features = grad_weight.shape[0]
     check_tensor(op, "linear_weight", linear_weight, grad_weight, (features, geometry.rows))
     return torch_engine.conv_gradient(
         linear_weight, grad_weight, weight_size, geometry
@@ -55,8 +55,9 @@ def fuse_conv_linear_by_torch(
 ) -> tuple[Tensor, Tensor]:
     """fuse_conv_linear with the product by torch's convolution: on CUDA, or where it is told to."""
     op = "fuse_conv_linear"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
-    check_fuse_conv_linear(op, geometry, conv_weight, conv_bias, linear_weight, linear_bias)
+    geometry = check_fuse_conv_linear(
+        op, conv_weight, conv_bias, linear_weight, linear_bias, arguments, keywords
+    )
     weight = torch_engine.product(conv_weight, linear_weight, geometry).contiguous()
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     features = linear_weight.shape[0]
@@ -66,7 +67,9 @@ def fuse_conv_linear_by_torch(
         else linear_bias.to(wide)
     )
     if conv_bias is not None:
-        sums = linear_weight.reshape(features, geometry.out_channels, -1).sum(2, dtype=wide)
+        positions = geometry.rows // geometry.out_channels
+        images = linear_weight.reshape(features, geometry.out_channels, positions)
+        sums = images.sum(2, dtype=wide)
         bias = bias + (sums * conv_bias.to(wide)).sum(1)
     return weight, bias.to(conv_weight.dtype, copy=True)
 
@@ -87,8 +90,9 @@ def fuse_linear_conv_by_torch(
     Each column of the Linear, and its bias, is an image that goes forward.
     """
     op = "fuse_linear_conv"
-    geometry = op_geometry(op, conv_weight.shape, arguments, keywords)
-    check_fuse_linear_conv(op, geometry, linear_weight, linear_bias, conv_weight, conv_bias)
+    geometry = check_fuse_linear_conv(
+        op, linear_weight, linear_bias, conv_weight, conv_bias, arguments, keywords
+    )
     weight = torch_engine.convolve_rows(conv_weight, linear_weight.T, geometry).T
     wide = torch.promote_types(conv_weight.dtype, torch.float32)
     bias = torch.zeros(geometry.rows, dtype=wide, device=conv_weight.device)
@@ -121,13 +125,21 @@ def fuse_conv_conv_by_torch(
     In float64 and rounded once, as our kernel; exactness is the caller's matter.
     """
     steps = check_fuse_conv_conv(
-        first_weight, second_weight, first_stride, first_dilation, second_dilation, second_groups
+        first_weight,
+        first_bias,
+        second_weight,
+        second_bias,
+        first_stride,
+        first_dilation,
+        first_groups,
+        second_dilation,
+        second_groups,
     )
     weight = torch_engine.composed_kernel(
         first_weight.double(), second_weight.double(), steps, (first_groups, second_groups)
     )
     bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
-    return weight.to(first_weight.dtype), bias.to(first_weight.dtype)
+    return weight.to(first_weight.dtype).contiguous(), bias.to(first_weight.dtype)
 
 
 def _has_cuda_kernels() -> bool:

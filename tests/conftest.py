@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _C.build_info()["instrument"] in ("sanitize", "threads"):
+        for item in items:
+            if item.get_closest_marker("lean"):
+                item.add_marker(pytest.mark.skip(reason="a build with sanitizers is not lean"))
+
+
 def pytest_sessionfinish() -> None:
     if hasattr(_C, "write_coverage"):  # a worker of these tests ends without its exit handlers
         _C.write_coverage()

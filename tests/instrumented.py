@@ -77,10 +77,13 @@ def build(name: str, target: Path) -> None:
 
 def run(name: str, target: Path, arguments: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINFUSE_INSTRUMENT": name}
+    environment["PYTHONPATH"] = str(target)  # for the processes that tests start elsewhere
     environment |= _ENVIRONMENT[name]
     if preloaded := _PRELOADED[name]:
         environment["LD_PRELOAD"] = ":".join(runtime(library) for library in preloaded)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", *arguments]
+    if name == "threads":  # it wants its memory at fixed addresses
+        command = ["setarch", "--addr-no-randomize", *command]
     return subprocess.run(command, cwd=target, env=environment).returncode
 
 

@@ -260,6 +260,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.lean
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])
 def test_memory_stays_below_the_block(name: str, tmp_path: Path) -> None:

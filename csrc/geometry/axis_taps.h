@@ -52,31 +52,53 @@ class PositionTaps {
     group();
   }
 
-  // Solves coarse * stride + k * dilation = fine + pad_low, by the unknown that needs no division
-  // where there is one.
   void list_from_fine(const Geometry& g, int a, int64_t fine) {
     const Axis& axis = g.axis[a];
-    const int64_t most = g.coarse_size(a) - 1;
     taps_.clear();
-    for_each_unfolded(
-        fine, g.fine_size(a), axis.pad_low, axis.pad_high, g.padding_mode, [&](int64_t position) {
-          const int64_t sum = position + axis.pad_low;
-          const int64_t last_k = std::min(axis.kernel - 1, sum / axis.dilation);
-          if (axis.dilation == 1 && axis.stride > 1) {
-            const int64_t last = std::min(most, sum / axis.stride);
-            for (int64_t coarse = divide_up(sum - last_k, axis.stride); coarse <= last; ++coarse) {
-              taps_.push_back({coarse, sum - coarse * axis.stride});
-            }
-            return;
-          }
-          // By ascending coarse position, so that there is nothing to sort.
-          for (int64_t k = last_k; k >= 0; --k) {
-            const int64_t rest = sum - k * axis.dilation;
-            if (axis.stride > 1 && rest % axis.stride != 0) continue;
-            if (rest / axis.stride <= most) taps_.push_back({rest / axis.stride, k});
-          }
-        });
+    for_each_unfolded(fine, g.fine_size(a), axis.pad_low, axis.pad_high, g.padding_mode,
+                      [&](int64_t first, int64_t last) {
+                        add_sums(axis, g.coarse_size(a) - 1, first + axis.pad_low,
+                                 last - 1 + axis.pad_low);
+                      });
     group();
+  }
+
+  // Solves least <= coarse * stride + k * dilation <= greatest, where sums are position + pad_low.
+  // Of a range it goes through the coarse positions or the sums, whichever are fewer.
+  void add_sums(const Axis& axis, int64_t most, int64_t least, int64_t greatest) {
+    if (least < greatest) {
+      const int64_t reach = (axis.kernel - 1) * axis.dilation;
+      const int64_t first = least > reach ? divide_up(least - reach, axis.stride) : 0;
+      const int64_t last = std::min(most, greatest / axis.stride);
+      if (last - first <= greatest - least) {
+        for (int64_t coarse = first; coarse <= last; ++coarse) {
+          const int64_t from = coarse * axis.stride;
+          const int64_t last_k = std::min(axis.kernel - 1, (greatest - from) / axis.dilation);
+          int64_t k = from < least ? divide_up(least - from, axis.dilation) : 0;
+          for (; k <= last_k; ++k) taps_.push_back({coarse, k});
+        }
+        return;
+      }
+    }
+    for (int64_t sum = least; sum <= greatest; ++sum) add_sum(axis, most, sum);
+  }
+
+  // The same for one sum, by the unknown that needs no division where there is one.
+  void add_sum(const Axis& axis, int64_t most, int64_t sum) {
+    const int64_t last_k = std::min(axis.kernel - 1, sum / axis.dilation);
+    if (axis.dilation == 1 && axis.stride > 1) {
+      const int64_t last = std::min(most, sum / axis.stride);
+      for (int64_t coarse = divide_up(sum - last_k, axis.stride); coarse <= last; ++coarse) {
+        taps_.push_back({coarse, sum - coarse * axis.stride});
+      }
+      return;
+    }
+    // By ascending coarse position, so that there is nothing to sort.
+    for (int64_t k = last_k; k >= 0; --k) {
+      const int64_t rest = sum - k * axis.dilation;
+      if (axis.stride > 1 && rest % axis.stride != 0) continue;
+      if (rest / axis.stride <= most) taps_.push_back({rest / axis.stride, k});
+    }
   }
 
   void group() {
@@ -128,6 +150,8 @@ struct Range {
 inline AxisTaps taps_by_row(const Geometry& g, int a, Range range) {
   AxisTaps table;
   table.first = range.first;
+  // At once: where so much cannot be had, that is known before any of it is filled.
+  table.start.reserve(static_cast<size_t>(range.last - range.first) + 1);
   table.start.push_back(0);
   PositionTaps taps;
   for (int64_t o = range.first; o < range.last; ++o) {

@@ -66,28 +66,27 @@ LINFUSE_HD inline int64_t fold(int64_t position, int64_t size, PaddingMode mode)
   return -1;
 }
 
-// The inverse of fold: calls visit(position) for every position of the padded axis that reads
-// `index`.
+// The inverse of fold: calls visit(first, last) for the ranges [first, last) of positions of the
+// padded axis that read `index`. Only a replicated rim makes one of more than a position, and that
+// may be far too many to go through.
 template <typename Visitor>
 inline void for_each_unfolded(int64_t index, int64_t size, int64_t pad_low, int64_t pad_high,
                               PaddingMode mode, Visitor&& visit) {
-  visit(index);
+  visit(index, index + 1);
   switch (mode) {
     case PaddingMode::kReflect:
-      if (index > 0 && index <= pad_low) visit(-index);
-      if (index < size - 1 && index >= size - 1 - pad_high) visit(2 * (size - 1) - index);
+      if (index > 0 && index <= pad_low) visit(-index, -index + 1);
+      if (index < size - 1 && index >= size - 1 - pad_high) {
+        visit(2 * (size - 1) - index, 2 * (size - 1) - index + 1);
+      }
       break;
     case PaddingMode::kReplicate:
-      if (index == 0) {
-        for (int64_t position = -pad_low; position < 0; ++position) visit(position);
-      }
-      if (index == size - 1) {
-        for (int64_t position = size; position < size + pad_high; ++position) visit(position);
-      }
+      if (index == 0 && pad_low > 0) visit(-pad_low, 0);
+      if (index == size - 1 && pad_high > 0) visit(size, size + pad_high);
       break;
     case PaddingMode::kCircular:
-      if (index >= size - pad_low) visit(index - size);
-      if (index < pad_high) visit(index + size);
+      if (index >= size - pad_low) visit(index - size, index - size + 1);
+      if (index < pad_high) visit(index + size, index + size + 1);
       break;
     case PaddingMode::kZeros:
       break;

@@ -27,10 +27,11 @@ namespace {
 class AxisShapes {
  public:
   AxisShapes() = default;
-  AxisShapes(const Geometry& g, const RowTaps& taps, int a) : taps_(&taps), a_(a) {
-    shape_.reserve(static_cast<size_t>(g.axis[a].out));
+  AxisShapes(const RowTaps& taps, int a) : taps_(&taps), a_(a) {
+    first_ = taps.stored.first[a];
+    shape_.reserve(static_cast<size_t>(taps.stored.held[a]));
     std::vector<int64_t> example;  // a position of each shape
-    for (int64_t o = 0; o < g.axis[a].out; ++o) {
+    for (int64_t o = first_; o < first_ + taps.stored.held[a]; ++o) {
       // The same as just before, nearly always.
       auto found = std::find_if(example.rbegin(), example.rend(),
                                 [&](int64_t other) { return same(o, other); });
@@ -45,7 +46,7 @@ class AxisShapes {
 
   int64_t count() const { return count_; }
   // -1 for those that are too many to be told apart.
-  int64_t operator[](int64_t o) const { return shape_[static_cast<size_t>(o)]; }
+  int64_t operator[](int64_t o) const { return shape_[static_cast<size_t>(o - first_)]; }
 
  private:
   static constexpr int kMost = 16;
@@ -70,14 +71,15 @@ class AxisShapes {
   const RowTaps* taps_ = nullptr;
   int a_ = 0;
   int count_ = 0;
+  int64_t first_ = 0;
   std::vector<int8_t> shape_;
 };
 
 struct Shapes {
   AxisShapes axis[kAxes];
 
-  Shapes(const Geometry& g, const RowTaps& taps) {
-    for (int a = 0; a < kAxes; ++a) axis[a] = AxisShapes(g, taps, a);
+  explicit Shapes(const RowTaps& taps) {
+    for (int a = 0; a < kAxes; ++a) axis[a] = AxisShapes(taps, a);
   }
 
   int64_t count() const { return axis[0].count() * axis[1].count() * axis[2].count(); }
@@ -197,17 +199,16 @@ template <typename T, typename Index>
 void run(const ConvToCsrParams& params, const ParallelFor& parallel_for) {
   const Geometry& g = params.geometry;
   const int64_t rows = params.row_stop - params.row_start;
-  const int64_t first = params.taps.stored.before(g, params.row_start);
   T* values = static_cast<T*>(params.values);
   Index* columns = static_cast<Index*>(params.columns);
   Index* row_pointers = static_cast<Index*>(params.row_pointers);
 
   advise_huge_pages(values, params.stored * static_cast<int64_t>(sizeof(T)));
   advise_huge_pages(columns, params.stored * static_cast<int64_t>(sizeof(Index)));
-  const Shapes shapes(g, params.taps);
+  const Shapes shapes(params.taps);
   parallel_for(rows, grain_for(params.stored / (rows + 1) + 1), [&](int64_t begin, int64_t end) {
     const int64_t row = params.row_start + begin;
-    const int64_t at = params.taps.stored.before(g, row) - first;
+    const int64_t at = params.taps.stored.between(g, params.row_start, row);
     RowWriter<T, Index>(params, shapes)
         .write(row, params.row_start + end, at, values, columns, row_pointers + begin);
   });

@@ -4,7 +4,7 @@
 // Who computes what: kLanes neighbouring threads write one row at a time, each every kLanes-th of
 // its elements, so that stores lie side by side. Where a row starts is known in closed form
 // (stored_taps.h), so that rows need nothing of each other: one pass, everything is written once.
-// Row number `rows` stands for the end: it has a pointer and no elements.
+// One thread writes the last pointer, behind all rows.
 //
 // Within a row, element number e has the digits (c_in, slot0, slot1, slot2), the last one fastest.
 // A thread adds kLanes digit by digit and never divides in its loop.
@@ -56,17 +56,19 @@ __device__ inline void add(Digits& digits, const Digits& step, const RowTaps& ta
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     conv_to_csr_kernel(Geometry g, RowTaps taps, const T* weight, T* values, Index* columns,
-                       Index* row_pointers, int64_t row_start, int64_t rows) {
+                       Index* row_pointers, int64_t row_start, int64_t rows, int64_t stored) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) row_pointers[rows] = static_cast<Index>(stored);
+  if (rows == 0) return;
   const int64_t first = taps.stored.before(g, row_start);
   const int64_t in_channels = g.in_channels_per_group();
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
-       n <= rows; n += static_cast<int64_t>(gridDim.x) * kRowsPerBlock) {
+       n < rows; n += static_cast<int64_t>(gridDim.x) * kRowsPerBlock) {
     const int64_t c_out = (row_start + n) / g.out_positions();
     const Position o = out_position(g, (row_start + n) % g.out_positions());
     int64_t at = taps.stored.before(g, c_out, o) - first;
     if (lane == 0) row_pointers[n] = static_cast<Index>(at);
-    if (n == rows || taps.stored.per_channel(o) == 0) continue;
+    if (taps.stored.per_channel(o) == 0) continue;
 
     const int64_t group_first = g.group_of_out_channel(c_out) * in_channels;
     const Digits step = digits_of(kLanes, taps, o);
@@ -94,7 +96,7 @@ cudaError_t launch(const ConvToCsrParams& params, cudaStream_t stream) {
       <<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
           params.geometry, params.taps, static_cast<const T*>(params.weight),
           static_cast<T*>(params.values), static_cast<Index*>(params.columns),
-          static_cast<Index*>(params.row_pointers), params.row_start, rows);
+          static_cast<Index*>(params.row_pointers), params.row_start, rows, params.stored);
   return cudaGetLastError();
 }
 

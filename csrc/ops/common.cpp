@@ -1,7 +1,12 @@
 #include "common.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
+#if defined(LINFUSE_PLAIN_THREADS)
+#include <thread>
+#endif
 
 namespace linfuse {
 
@@ -56,8 +61,11 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
   return {(*rows)[0], (*rows)[1]};
 }
 
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+Tensor as_contiguous(const char* op, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  Tensor copy = allocate(op, tensor, size_of(tensor));
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 std::optional<Tensor> checked_vector(const char* op, const char* name,
@@ -65,7 +73,7 @@ std::optional<Tensor> checked_vector(const char* op, const char* name,
                                      const Tensor& like, int64_t size) {
   if (!vector.has_value()) return std::nullopt;
   check_like(op, name, *vector, like_name, like, {size});
-  return as_contiguous(*vector);
+  return as_contiguous(op, *vector);
 }
 
 Tensor allocate(const char* op, const Tensor& like, const IntList& size,
@@ -108,11 +116,39 @@ void* Scratch::operator()(int64_t bytes) {
   return blocks_.back().mutable_data_ptr();
 }
 
+#if defined(LINFUSE_PLAIN_THREADS)
+// For ThreadSanitizer, which does not see what orders the threads of torch's pool: always several
+// threads, however little there is to do.
 ParallelFor torch_parallel_for() {
-  return [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-    if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+  return [](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+    constexpr int64_t kThreads = 4;
+    const int64_t size = (count + kThreads - 1) / kThreads;
+    std::vector<std::thread> threads;
+    for (int64_t begin = 0; begin < count; begin += size) {
+      threads.emplace_back(body, begin, std::min(begin + size, count));
+    }
+    for (std::thread& thread : threads) thread.join();
   };
 }
+#else
+ParallelFor torch_parallel_for() {
+  return [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    if (count <= 0) return;
+    // What goes through the stable ABI of 2.11 loses its words, so that nothing is thrown there.
+    std::mutex mutex;
+    std::exception_ptr thrown;
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      try {
+        body(begin, end);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        thrown = std::current_exception();
+      }
+    });
+    if (thrown != nullptr) std::rethrow_exception(thrown);
+  };
+}
+#endif
 
 #if defined(LINFUSE_WITH_CUDA)
 CudaScope::CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {

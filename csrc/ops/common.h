@@ -8,7 +8,9 @@
 
 #include <array>
 #include <cstdint>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -41,7 +43,7 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
                                       const Geometry& geometry);
 
 // The tensor itself where it is contiguous, and else a copy.
-Tensor as_contiguous(const Tensor& tensor);
+Tensor as_contiguous(const char* op, const Tensor& tensor);
 
 // A vector that may be left out: rejected as by check_like, and contiguous.
 std::optional<Tensor> checked_vector(const char* op, const char* name,
@@ -57,13 +59,30 @@ Tensor allocate(const char* op, const Tensor& like, const IntList& size,
 // The data of an optional tensor, null where there is none.
 const void* data_or_null(const std::optional<Tensor>& tensor);
 
-// Calls an op that returns a weight and a bias, by its full name.
+// Calls another op that returns a weight and a bias, by its full name, on operands that fit.
 template <typename... Arguments>
-std::tuple<Tensor, Tensor> call_op(const char* name, const Arguments&... arguments) {
+std::tuple<Tensor, Tensor> call_op(const char* op, const char* name,
+                                   const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    // Its own words are lost in the stable ABI of 2.11.
+    throw std::runtime_error(std::string(op) +
+                             ": torch's convolution failed, most likely out of memory");
+  }
   using torch::stable::detail::to;
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// What `make` returns, tables of a geometry; where they do not fit, in the words of allocate().
+template <typename Make>
+auto make_tables(const char* op, const Make& make) {
+  try {
+    return make();
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(std::string(op) + ": out of memory, could not hold the taps of rows");
+  } catch (const std::length_error&) {
+    throw std::runtime_error(std::string(op) + ": out of memory, could not hold the taps of rows");
+  }
 }
 
 // Scratch memory for a kernel, while this lives. What small layers need is on the stack; more comes

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> conv_to_affine(Tensor weight, std::optional<Tensor> b
   bias = checked_vector(kOp, "bias", bias, "weight", weight, params.geometry.out_channels);
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);
 
-  weight = as_contiguous(weight);
+  weight = as_contiguous(kOp, weight);
   const int64_t row_count = params.row_stop - params.row_start;
   Tensor matrix = allocate(kOp, weight, {row_count, params.geometry.cols()});
   Tensor offset = allocate(kOp, weight, {row_count});

@@ -22,7 +22,7 @@ Tensor conv_to_affine_backward(Tensor grad_matrix, IntList weight_size, IntList 
   check_like(kOp, "grad_matrix", grad_matrix, "grad_matrix", grad_matrix,
              {row_count, params.geometry.cols()});
 
-  grad_matrix = as_contiguous(grad_matrix);
+  grad_matrix = as_contiguous(kOp, grad_matrix);
   Tensor grad_weight = allocate(kOp, grad_matrix, weight_size);
   params.grad_matrix = grad_matrix.const_data_ptr();
   params.grad_weight = grad_weight.mutable_data_ptr();

@@ -29,19 +29,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_to_csr(Tensor weight, IntList input_size
   params.geometry = make_geometry(kOp, {size_of(weight), input_size, stride, padding, dilation,
                                         groups, transposed, output_padding, padding_mode});
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);
-  const RowTables tables(params.geometry);
+  weight = as_contiguous(kOp, weight);
+  const auto index =
+      index32 ? torch::headeronly::ScalarType::Int : torch::headeronly::ScalarType::Long;
+  // Before anything that takes long: of far too many rows the pointers alone do not fit.
+  Tensor row_pointers = allocate(kOp, weight, {params.row_stop - params.row_start + 1}, index);
+  const auto tables = make_tables(
+      kOp, [&] { return RowTables(params.geometry, params.row_start, params.row_stop); });
   params.taps = tables.view();
-  params.stored = params.taps.stored.before(params.geometry, params.row_stop) -
-                  params.taps.stored.before(params.geometry, params.row_start);
+  params.stored = params.taps.stored.between(params.geometry, params.row_start, params.row_stop);
   params.index32 = index32;
   if (index32) check_fits_index32(params);
 
-  weight = as_contiguous(weight);
-  const auto index =
-      index32 ? torch::headeronly::ScalarType::Int : torch::headeronly::ScalarType::Long;
   Tensor values = allocate(kOp, weight, {params.stored});
   Tensor columns = allocate(kOp, weight, {params.stored}, index);
-  Tensor row_pointers = allocate(kOp, weight, {params.row_stop - params.row_start + 1}, index);
   params.weight = weight.const_data_ptr();
   params.values = values.mutable_data_ptr();
   params.columns = columns.mutable_data_ptr();

@@ -18,13 +18,15 @@ Tensor conv_to_csr_backward(Tensor grad_values, IntList weight_size, IntList inp
   params.geometry = make_geometry(kOp, {weight_size, input_size, stride, padding, dilation, groups,
                                         transposed, output_padding, padding_mode});
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);
-  const KernelTables tables(params.geometry);
+  if (params.row_start == params.row_stop) params.row_start = params.row_stop = 0;  // is held
+  const auto tables = make_tables(
+      kOp, [&] { return KernelTables(params.geometry, params.row_start, params.row_stop); });
   params.taps = tables.view();
-  const int64_t stored = params.taps.stored.before(params.geometry, params.row_stop) -
-                         params.taps.stored.before(params.geometry, params.row_start);
+  const int64_t stored =
+      params.taps.stored.between(params.geometry, params.row_start, params.row_stop);
   check_like(kOp, "grad_values", grad_values, "grad_values", grad_values, {stored});
 
-  grad_values = as_contiguous(grad_values);
+  grad_values = as_contiguous(kOp, grad_values);
   Tensor grad_weight = allocate(kOp, grad_values, weight_size);
   params.grad_values = grad_values.const_data_ptr();
   params.grad_weight = grad_weight.mutable_data_ptr();

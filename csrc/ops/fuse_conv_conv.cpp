@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
   int64_t bytes = 8;
   for (int64_t each : size) bytes = checked.multiply(bytes, each);
 
-  first_weight = as_contiguous(first_weight);
-  second_weight = as_contiguous(second_weight);
+  first_weight = as_contiguous(kOp, first_weight);
+  second_weight = as_contiguous(kOp, second_weight);
   Tensor weight = allocate(kOp, first_weight, size);
   Tensor bias = allocate(kOp, first_weight, {params.out_channels});
   params.first_weight = first_weight.const_data_ptr();

@@ -35,11 +35,11 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
       checked_vector(kOp, "linear_bias", linear_bias, "conv_weight", conv_weight, params.features);
 
   if (goes_by_torch(conv_weight.is_cuda())) {
-    return call_op("linfuse::fuse_conv_linear_by_torch", conv_weight, conv_bias, linear_weight,
+    return call_op(kOp, "linfuse::fuse_conv_linear_by_torch", conv_weight, conv_bias, linear_weight,
                    linear_bias, input_size, stride, padding, dilation, groups, transposed,
                    output_padding, padding_mode);
   }
-  conv_weight = as_contiguous(conv_weight);
+  conv_weight = as_contiguous(kOp, conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {params.features, geometry.cols()});
   Tensor bias = allocate(kOp, conv_weight, {params.features});
   params.conv_weight = conv_weight.const_data_ptr();

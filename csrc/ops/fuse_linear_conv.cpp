@@ -35,11 +35,11 @@ std::tuple<Tensor, Tensor> fuse_linear_conv(Tensor linear_weight, std::optional<
                              geometry.out_channels);
 
   if (goes_by_torch(false)) {
-    return call_op("linfuse::fuse_linear_conv_by_torch", linear_weight, linear_bias, conv_weight,
-                   conv_bias, input_size, stride, padding, dilation, groups, transposed,
-                   output_padding, padding_mode);
+    return call_op(kOp, "linfuse::fuse_linear_conv_by_torch", linear_weight, linear_bias,
+                   conv_weight, conv_bias, input_size, stride, padding, dilation, groups,
+                   transposed, output_padding, padding_mode);
   }
-  conv_weight = as_contiguous(conv_weight);
+  conv_weight = as_contiguous(kOp, conv_weight);
   Tensor weight = allocate(kOp, conv_weight, {geometry.rows(), params.features});
   Tensor bias = allocate(kOp, conv_weight, {geometry.rows()});
   params.linear_weight = linear_weight.const_data_ptr();

@@ -22,6 +22,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -230,7 +231,7 @@ class _Writer(io.RawIOBase):
         if self.error is None:
             try:
                 self.file.write(data)
-            except BaseException as error:  # an interrupt as well
+            except BaseException as error:
                 self.error = error
         return len(data)
 
@@ -246,7 +247,19 @@ def save_program(file: BinaryIO, program: Program) -> None:
         OSError: It cannot be written.
     """
     writer = _Writer(file)
+    # In a thread of its own, as an interrupt goes to the main one and never into torch's writer.
     # torch asks for no more than a file that can be written; its types want all of IO.
-    torch.export.save(program.exported, writer, extra_files=program.extra_files)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(
+            torch.export.save,
+            program.exported,
+            writer,  # type: ignore[arg-type]
+            extra_files=program.extra_files,
+        )
+        try:
+            saved.result()
+        except BaseException as error:
+            writer.error = writer.error or error  # nothing more is written, and it is done soon
+            raise
     if writer.error is not None:
         raise writer.error

@@ -99,13 +99,15 @@ def _write(collapsed: Any, program: Program, output: Path | None, report: Path |
     """Both files or none: each takes its place when the other is complete as well."""
     from .archives import save_program
 
-    with ExitStack() as files:
-        if output is not None:
-            smaller = program._replace(exported=collapsed.export())
-            save_program(files.enter_context(replacing(output)), smaller)
-        if report is not None:
-            text = collapsed.report.to_json() + "\n"
-            files.enter_context(replacing(report)).write(text.encode())
+    with ExitStack() as stack:
+        model = None if output is None else stack.enter_context(replacing(output))
+        text = None if report is None else stack.enter_context(replacing(report))
+        if model is not None:
+            save_program(model, program._replace(exported=collapsed.export()))
+            model.flush()  # here, as no place is taken yet: the disk may be full
+        if text is not None:
+            text.write((collapsed.report.to_json() + "\n").encode())
+            text.flush()
 
 
 def _show(report: Any) -> None:

@@ -19,6 +19,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node, _pytree
 from torch.utils import _pytree as pytree
 
+from .unsharded import put_back, unsharded
+
 _OP = "collapse"
 _ATEN = torch.ops.aten
 
@@ -80,7 +82,9 @@ def capture(model: Any, example_inputs: Any) -> Captured:
         leaves = pytree.tree_leaves((arguments, keywords))
         dynamic = {id(leaf): {0: Dim("batch")} for leaf in leaves if _has_batch(leaf, batch)}
         inputs = Inputs(arguments, keywords, dynamic)
-        module = _graph_of(_export(model, inputs))
+        readable, sharded = unsharded(model)
+        module = _graph_of(_export(readable, inputs))
+        put_back(module, sharded)
     else:
         raise TypeError(
             f"{_OP}: `model` must be an nn.Module or a torch.export.ExportedProgram, "

@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from ..meshes import check_not_sharded
 from .capture import Captured, Inputs, capture
 from .constants import Constants
 from .layers import BiasMap
@@ -41,6 +42,8 @@ class Collapsed:
 
     def export(self) -> ExportedProgram:
         """The network as a program, for torch.export.save; its batch is dynamic if it was."""
+        for name, parameter in self.model.named_parameters():
+            check_not_sharded("export", name, parameter)
         return torch.export.export(
             self.model,
             self._inputs.arguments,
@@ -75,7 +78,9 @@ def collapse(
 
     Args:
         model: An nn.Module in eval mode, captured by torch.export; or a
-            torch.export.ExportedProgram, whatever way it was made. It is not changed.
+            torch.export.ExportedProgram, whatever way it was made. It is not changed. A module may
+            be sharded (linfuse_ext.distributed): every rank merges whole layers, one merge at a
+            time, and keeps its shards.
         example_inputs: A tensor, a sequence of positional inputs or a mapping of keyword inputs, on
             which torch.export runs. Axis 0 of every tensor with as many samples as the first is the
             batch. All other sizes are fixed by the example. None for a program: its own.
@@ -129,6 +134,7 @@ def _collapse(captured: Captured, policy: str, max_bytes: int) -> Collapsed:
             if layer.is_finite():
                 made[segment.end] = layer
                 errors[segment.end] = error_of(segment, layer, values, constants)
+                layer.shard_like(segment.steps, constants)
         del values
     rows = list(_Rows(planner, graph, policy, made, errors).of(cuts))
     before = _count_parameters(captured.module)

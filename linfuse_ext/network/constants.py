@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..meshes import gathered
 from .maps import Deferred
 
 
@@ -66,7 +68,7 @@ class Constants:
     def _own(self, node: Node) -> Any:
         """In the model's own precision: what rounds a weight must round the same one."""
         if node.op == "get_attr":
-            return attribute(self._module, str(node.target)).detach()
+            return gathered(attribute(self._module, str(node.target)).detach())
         with torch.no_grad():
             arguments, keywords = map_arg((node.args, node.kwargs), self._own)
             return node.target(*arguments, **keywords)  # type: ignore[operator]
@@ -87,12 +89,11 @@ class Constants:
             found |= self.parameters(source)
         return found
 
-    def requires_grad(self, node: Node) -> bool:
-        """Whether any of those has a gradient."""
-        return any(
-            attribute(self._module, str(source.target)).requires_grad
-            for source in self.parameters(node)
-        )
+    def parameters_of(self, nodes: Iterable[Node]) -> list[Tensor]:
+        """The parameters that calls read by way of constants, in the order of their names."""
+        constants = {source for node in nodes for source in node.all_input_nodes if source in self}
+        names = {str(held.target) for node in constants for held in self.parameters(node)}
+        return [attribute(self._module, name) for name in sorted(names)]
 
 
 def _memory(value: Tensor) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
+from ..meshes import gathered
 from .capture import Captured, input_leaves
 from .constants import Constants, attribute, is_written
 from .planning import Segment
@@ -23,6 +24,9 @@ class _Recorder(Interpreter):
         super().__init__(module)
         self.kept: dict[Node, Any] = {}
         self._wanted = wanted
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return gathered(super().get_attr(target, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -20,6 +20,7 @@ from .operations import arguments_of
 from .planning import Layer, Segment, as_layer
 from .rules import by_channel
 from .stretches import Graph, Step
+from .unsharded import shard_like
 
 
 class Made(NamedTuple):
@@ -41,6 +42,11 @@ class Made(NamedTuple):
         """Whether all weights are: not if they overflow the dtype, nor if 0 met infinity."""
         held = () if self.module is None else self.module.parameters()
         return all(bool(parameter.isfinite().all()) for parameter in held)
+
+    def shard_like(self, steps: list[Step], constants: Constants) -> None:
+        """Shards it as the steps that it was made of are sharded, if any is."""
+        if self.module is not None:
+            shard_like(self.module, constants.parameters_of(step.node for step in steps))
 
     def run(self, x: Tensor) -> Tensor:
         """What the network computes there."""
@@ -65,12 +71,8 @@ def make_layer(segment: Segment, constants: Constants) -> Made:
 
 def _made_of(layer: Layer, start: Node, steps: list[Step], constants: Constants) -> Made:
     value = start.meta["val"]
-    grads = any(
-        constants.requires_grad(source)
-        for step in steps
-        for source in step.node.all_input_nodes
-        if source in constants
-    )
+    parameters = constants.parameters_of(step.node for step in steps)
+    grads = any(parameter.requires_grad for parameter in parameters)
     # What is made without a device of its own is made where the model is.
     with torch.no_grad(), torch.device(value.device):
         return _make(layer, value.dtype, grads)
@@ -167,6 +169,7 @@ class Rewriter:
             layer = as_layer(maps[0])
             assert isinstance(layer, Layer), "it was one before"
             made = _made_of(layer, step.operands[0][0], [step], self._constants)
+            made.shard_like([step], self._constants)
             self._replace(step.operands[0][0], step.node, made, module_of(step.node)[0])
             return
         if step.join is not None or len(maps) != 1:

@@ -60,12 +60,6 @@ size_t product(const int64_t* values, int64_t count) {
   return static_cast<size_t>(result);
 }
 
-// Elements of the matrix that are stored in the problem's rows.
-int64_t stored_in(const Problem& problem, const linfuse::Geometry& geometry,
-                  const linfuse::StoredRows& stored) {
-  return stored.before(geometry, problem.row_stop) - stored.before(geometry, problem.row_start);
-}
-
 const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted = {
     {"out_of_bounds", launch_out_of_bounds},
     {"out_of_bounds_shared", launch_out_of_bounds_shared},
@@ -177,8 +171,9 @@ const char* conv_to_csr(const Problem* problem, int64_t index32, const void* wei
     params.dtype = static_cast<linfuse::DType>(problem->dtype);
     params.index32 = index32 != 0;
 
-    const linfuse::RowTables tables(params.geometry);
-    params.stored = stored_in(*problem, params.geometry, tables.view().stored);
+    const linfuse::RowTables tables(params.geometry, params.row_start, params.row_stop);
+    params.stored =
+        tables.view().stored.between(params.geometry, params.row_start, params.row_stop);
     const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
     const size_t index_bytes = params.index32 ? sizeof(int32_t) : sizeof(int64_t);
     const auto stored = static_cast<size_t>(params.stored);
@@ -213,10 +208,11 @@ const char* conv_to_csr_backward(const Problem* problem, const void* grad_values
     params.row_stop = problem->row_stop;
     params.dtype = static_cast<linfuse::DType>(problem->dtype);
 
-    const linfuse::KernelTables tables(params.geometry);
+    if (params.row_start == params.row_stop) params.row_start = params.row_stop = 0;  // is held
+    const linfuse::KernelTables tables(params.geometry, params.row_start, params.row_stop);
     const auto bytes = static_cast<size_t>(linfuse::element_size(params.dtype));
-    const auto stored =
-        static_cast<size_t>(stored_in(*problem, params.geometry, tables.view().stored));
+    const auto stored = static_cast<size_t>(
+        tables.view().stored.between(params.geometry, params.row_start, params.row_stop));
     const std::vector<int64_t> words = tables.pack();
     Memory words_copy("words", sizeof(int64_t) * words.size(), sizeof(int64_t), words.data());
     Memory grad_values_copy("grad_values", bytes * stored, bytes, grad_values);

@@ -1,0 +1,226 @@
+"""What the package must know of tensors that are sharded over a mesh of devices: DTensors.
+
+torch.distributed is imported by whoever makes such tensors, and never from here: it takes longer to
+import than all of this package.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RULES = "linfuse_ext.distributed"
+
+# What calls some of the ops on DTensors, see linfuse_ext/distributed/own_parts.py.
+OWN_PARTS: dict[Any, Callable[..., Any]] = {}
+
+
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor, however it is laid out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_meshes(op: str, operands: dict[str, Tensor | None]) -> None:
+    """Checks that all operands are DTensors of one mesh, or none.
+
+    Args:
+        op: The op's name, for messages.
+        operands: By name; None for one that is left out.
+
+    Raises:
+        ValueError: They are not, or their sharding rules are not registered.
+    """
+    named = {name: operand for name, operand in operands.items() if operand is not None}
+    sharded = [name for name, operand in named.items() if is_sharded(operand)]
+    if not sharded:
+        return
+    first: Any = named[sharded[0]]
+    if _RULES not in sys.modules:
+        raise ValueError(
+            f"{op}: `{sharded[0]}` must be a plain tensor until the rules for sharded ones are "
+            f"registered, got a DTensor; type: import {_RULES}"
+        )
+    for name, operand in named.items():
+        if name not in sharded:
+            raise ValueError(
+                f"{op}: `{name}` must be a DTensor, as `{sharded[0]}` is one, got a plain tensor; "
+                "distribute_tensor(tensor, mesh, placements) makes one of it"
+            )
+        mesh = operand.device_mesh  # type: ignore[attr-defined]
+        if mesh != first.device_mesh:
+            raise ValueError(
+                f"{op}: `{name}` must be on the mesh of `{sharded[0]}` ({first.device_mesh}), "
+                f"got {mesh}"
+            )
+
+
+def check_not_sharded(op: str, name: str, operand: object) -> None:
+    """Refuses a DTensor where there is no sharded result to be made of it.
+
+    Args:
+        op: What is asked for, for messages.
+        name: The operand's name, for messages.
+        operand: The operand.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if is_sharded(operand):
+        raise ValueError(
+            f"{op}: `{name}` must be a plain tensor, got a DTensor; {name}.full_tensor() gathers it"
+        )
+
+
+def moved(operand: Any, placements: Sequence[Any]) -> Any:
+    """A DTensor with other placements; itself, without a trace in autograd, where it has them."""
+    if operand is None or tuple(operand.placements) == tuple(placements):
+        return operand
+    return operand.redistribute(placements=placements)
+
+
+def replicated(*operands: Any) -> tuple[Any, ...]:
+    """Operands, with those that are DTensors replicated."""
+    return tuple(
+        moved(operand, _whole(operand)) if is_sharded(operand) else operand for operand in operands
+    )
+
+
+def wants_gradient(*operands: Tensor | None) -> bool:
+    """Whether autograd will look at what is made of them."""
+    given = [operand for operand in operands if operand is not None]
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in given)
+
+
+def on_whole(function: Callable[..., tuple[Tensor, ...]], *operands: Any) -> tuple[Any, ...]:
+    """Calls a function on gathered DTensors, as plain tensors; what it returns is replicated.
+
+    Its gradients are the same on every rank, and each rank keeps those of its shards.
+    """
+    tensor = sys.modules["torch.distributed.tensor"]
+    mesh = next(operand.device_mesh for operand in operands if operand is not None)
+    parts = (None if each is None else each.to_local() for each in replicated(*operands))
+    whole = [tensor.Replicate()] * mesh.ndim
+    results = function(*parts)
+    return tuple(tensor.DTensor.from_local(each, mesh, whole, run_check=False) for each in results)
+
+
+def _whole(layout: Any) -> list[Any]:
+    return [sys.modules["torch.distributed.tensor"].Replicate()] * layout.device_mesh.ndim
+
+
+def on_one_mesh(*operands: Tensor | None) -> tuple[Any, ...]:
+    """Operands of layers, of which none or all are DTensors, and these of one mesh.
+
+    Beside a sharded one a plain one is replicated: tensor parallelism leaves layers outside its
+    plan as they are, the same on every rank. Beside one that FSDP2 and tensor parallelism have
+    sharded both, one that only FSDP2 has is gathered.
+    """
+    sharded: list[Any] = [operand for operand in operands if is_sharded(operand)]
+    if not sharded:
+        return operands
+    main = max(sharded, key=lambda operand: operand.device_mesh.ndim)
+    return tuple(
+        operand
+        if operand is None or getattr(operand, "device_mesh", None) == main.device_mesh
+        else _beside(gathered(operand), main)
+        for operand in operands
+    )
+
+
+def _beside(plain: Tensor, sharded: Any) -> Any:
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    return kind.from_local(plain, sharded.device_mesh, _whole(sharded), run_check=False)
+
+
+def gathered(value: Any) -> Any:
+    """A tensor as a plain one: a DTensor is put together on every rank."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def placed_like(value: Any, layout: Any, axes: int | None = None) -> Any:
+    """A tensor laid out over the mesh as another is: axis by axis, whatever its size.
+
+    Args:
+        value: A DTensor, or a plain tensor that is the same on every rank.
+        layout: A DTensor. Where it splits an axis that `value` does not have, that is replicated.
+        axes: How many axes of `value` may be split, from the first on; all of them by default.
+    """
+    tensor = sys.modules["torch.distributed.tensor"]
+    mesh = layout.device_mesh
+    axes = value.dim() if axes is None else axes
+    placements = [
+        placement if getattr(placement, "dim", axes) < axes else tensor.Replicate()
+        for placement in layout.placements
+    ]
+    if is_sharded(value):
+        placed = moved(value, placements)
+        part = placed.to_local()
+        if part.is_contiguous():
+            return placed
+        # FSDP2 takes no other parameters; what was moved from another axis may lie otherwise.
+        return tensor.DTensor.from_local(
+            part.contiguous(),
+            mesh,
+            placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+    # Every rank has the values that it keeps.
+    return tensor.distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def placed_as_layers(
+    weight: Any, bias: Any, layers: Sequence[tuple[Tensor, Tensor | None]]
+) -> tuple[Any, Any]:
+    """Weight and bias of a merged layer, sharded as the layers were: a Linear, or the largest.
+
+    Args:
+        weight: The merged weight.
+        bias: Its bias, or None.
+        layers: Weight and bias of each layer that it was made of.
+    """
+    sharded = [layer for layer in layers if is_sharded(layer[0])]
+    if not sharded:
+        return weight, bias
+    like, like_bias = max(sharded, key=lambda layer: (layer[0].dim() == 2, layer[0].numel()))
+    if bias is not None:
+        bias = placed_like(bias, like_bias if is_sharded(like_bias) else like)
+    return placed_like(weight, like), bias
+
+
+def fsdp_module() -> Any:
+    """FSDPModule, of which the modules under FSDP2's fully_shard are; None if there are none."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return None if module is None else getattr(module, "FSDPModule", None)
+
+
+def let_go(module: Any) -> None:
+    """Has a module of FSDP2 drop the whole parameters that a forward may have left behind."""
+    kind = fsdp_module()
+    if kind is not None and isinstance(module, kind):
+        module.reshard()
+
+
+def is_of_a_mesh(hook: Any) -> bool:
+    """Whether a hook is torch.distributed's: it moves what a layer computes, and no more."""
+    hook = getattr(hook, "hook", hook)  # hooks of a state_dict are wrapped
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def call_sharded(
+    op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
+) -> Any:
+    """Calls an op of ours on operands that may be sharded."""
+    if not any(map(is_sharded, operands)):
+        return op(*operands, *arguments, **options)
+    names = (argument.name for argument in op._schema.arguments)
+    check_meshes(op._schema.name.partition("::")[2], dict(zip(names, operands, strict=False)))
+    if op in OWN_PARTS:
+        return OWN_PARTS[op](op, operands, arguments, options)
+    return op(*operands, *arguments, **options)

@@ -1,0 +1,133 @@
+"""On every rank: whole networks under FSDP2 and tensor parallelism, collapsed."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import linfuse_ext as lf
+from linfuse_ext.distributed import fully_shard_again
+
+
+class Network(nn.Module):
+    """Two merges, a layer that stays, one that is used twice, and a weight that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.wide = nn.Conv2d(8, 16, 3, padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.hidden = nn.Linear(256, 10)
+        self.head = nn.Linear(10, 10)
+        self.tied = nn.Linear(10, 10)
+        self.tied.weight = self.head.weight
+        self.norm.running_mean.uniform_()
+        self.norm.running_var.uniform_(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.wide(torch.relu(self.norm(self.conv(x)))))
+        y = torch.relu(self.hidden(y.flatten(1)))
+        return self.tied(torch.relu(self.head(torch.relu(self.head(y)))))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check(model: nn.Module, network: nn.Module, x: Tensor) -> Any:
+    """Collapses a sharded network; what comes of it is what comes of the plain one."""
+    want = lf.collapse(network, x)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    before = {name: id(tensor) for name, tensor in model.named_parameters()}
+    got = lf.collapse(model, x)
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == before
+    assert str(got.report) == str(want.report)
+    assert any(row.verdict == "fused" for row in got.report)
+    whole = dict(want.model.named_parameters())
+    mine = dict(got.model.named_parameters())
+    assert list(mine) == list(whole)
+    for name, parameter in mine.items():
+        assert torch.equal(_full(parameter), whole[name]), name
+        assert parameter.requires_grad == whole[name].requires_grad
+    return got
+
+
+def a_fully_sharded_network(mesh: Any) -> None:
+    network, x = Network().eval(), torch.randn(2, 3, 16, 16)
+    model = copy.deepcopy(network)
+    for part in (model.hidden, model):
+        fully_shard(part, mesh=mesh)
+    got = _check(model, network, x)
+    assert all(isinstance(each, DTensor) for each in got.model.parameters())
+    folder = [tempfile.mkdtemp() if mesh.get_local_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    checkpoint.save({"model": got.model.state_dict()}, checkpoint_id=Path(folder[0]))
+    y = network(x)
+    torch.testing.assert_close(fully_shard_again(got.model)(x), y)
+    torch.testing.assert_close(model(x), y)  # leaves gathered parameters behind
+    again = lf.collapse(model, x)
+    assert all(isinstance(each, DTensor) for each in again.model.parameters())
+    loaded = lf.collapse(network, x).model
+    state = loaded.state_dict()
+    for tensor in state.values():
+        tensor.zero_()
+    checkpoint.load({"model": state}, checkpoint_id=Path(folder[0]))
+    torch.testing.assert_close(loaded(x), y)
+    dist.barrier()
+
+
+def a_network_under_tensor_parallelism(mesh: Any) -> None:
+    network, x = Network().eval(), torch.randn(2, 3, 16, 16)
+    network.tied.weight = nn.Parameter(torch.randn(10, 10))
+    model = copy.deepcopy(network)
+    parallelize_module(model, mesh, {"hidden": ColwiseParallel(), "tied": RowwiseParallel()})
+    got = _check(model, network, x)
+    layers = dict(got.model.named_children())
+    (merged,) = (name for name in layers if "hidden" in name)
+    assert layers[merged].weight.placements[0].is_shard(0)
+    assert layers["tied"].weight.placements[0].is_shard(1)
+    assert not isinstance(layers["head"].weight, DTensor)
+
+
+def a_collapsed_network_runs_under_its_plan_again(mesh: Any) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 12),
+        nn.ReLU(), nn.Linear(12, 7),
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    model = copy.deepcopy(network)
+    parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
+    torch.testing.assert_close(model(x), network(x))
+    got = _check(model, network, x).model
+    first, last = (name for name, part in got.named_children() if isinstance(part, nn.Linear))
+    parallelize_module(got, mesh, {first: ColwiseParallel(), last: RowwiseParallel()})
+    torch.testing.assert_close(got(x), network(x))
+
+
+def a_sharded_result_is_not_exported(mesh: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).eval()
+    fully_shard(model, mesh=mesh)
+    got = lf.collapse(model, torch.randn(2, 6))
+    try:
+        got.export()
+    except ValueError as error:
+        assert "must be a plain tensor, got a DTensor" in str(error)
+    else:
+        raise AssertionError("torch.export takes no DTensor")
