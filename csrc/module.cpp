@@ -124,7 +124,8 @@ PYBIND11_MODULE(_C, m) {
         "by the package's choice (\"auto\") from now on; returns what held before.");
 
 #if defined(LINFUSE_COVERAGE)
-  m.def("write_coverage", &__gcov_dump, "Writes gcov's counters; a process that is ended does not.");
+  m.def("write_coverage", &__gcov_dump,
+        "Writes gcov's counters; a process that is ended does not.");
 #endif
 
   m.def(

@@ -256,6 +256,7 @@ def test_an_empty_batch(name: str) -> None:
 
 # Tensors without values ---------------------------------------------------------------------------
 
+
 @all_ops
 def test_on_the_meta_device(op: Op) -> None:
     """Shapes and dtypes without values, or an error of ours."""
