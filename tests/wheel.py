@@ -79,7 +79,7 @@ def make_wheel(sdist: Path) -> Path:
     source = WORK / "source"
     with tarfile.open(sdist) as archive:
         (name,) = {member.name.split("/")[0] for member in archive}
-        archive.extractall(WORK / "unpacked", filter="data")
+        archive.extractall(WORK / "unpacked")
     source.mkdir(exist_ok=True)
     shutil.copytree(WORK / "unpacked" / name, source, dirs_exist_ok=True)
     environment = {
