@@ -126,6 +126,39 @@ def test_python_and_cpp_accept_and_reject_the_same(axes, data, groups, transpose
         assert cpp[1].startswith("case: ") and python[1].startswith("case: ")
 
 
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"transposed": True, "output_padding": [2]}, "smaller than the stride or the dilation"),
+        ({"output_padding": [1]}, "0 unless the convolution is transposed, got"),
+        (
+            {"padding_mode": "reflect", "padding": [4]},
+            "`padding` must be smaller than `input_size`",
+        ),
+        ({"padding_mode": "circular", "padding": [5]}, "`padding` must be at most `input_size`"),
+        ({"input_size": [2]}, "leaves none for a kernel that spans 3"),
+        ({"transposed": True, "padding": [9]}, "the output must have at least one position"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_python_and_cpp_say_the_same(named: dict[str, object], words: str) -> None:
+    """Of what no single argument breaks, but two together."""
+    settings = {
+        "weight_size": [1, 1, 3],
+        "input_size": [4],
+        "stride": [2],
+        "padding": [0],
+        "dilation": [1],
+        "groups": 1,
+        "transposed": False,
+        "output_padding": [0],
+        "padding_mode": "zeros",
+    } | named
+    for make in (_C.make_geometry, make_geometry):
+        kind, text = outcome(lambda make=make: make("case", *settings.values()))
+        assert kind == "error" and text.startswith("case: ") and words in text
+
+
 def test_output_sizes_are_those_of_torch() -> None:
     import torch
     import torch.nn.functional as F
