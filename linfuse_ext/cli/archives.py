@@ -20,11 +20,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -236,6 +238,24 @@ class _Writer(io.RawIOBase):
         return len(data)
 
 
+@contextmanager
+def _interrupt_kept(writer: _Writer) -> Iterator[None]:
+    """Lets Ctrl-C wait until torch's writer is done, which is soon: nothing more is written."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # no interrupt comes here
+        return
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        writer.error = writer.error or KeyboardInterrupt()
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def save_program(file: BinaryIO, program: Program) -> None:
     """Writes a torch.export archive.
 
@@ -247,19 +267,8 @@ def save_program(file: BinaryIO, program: Program) -> None:
         OSError: It cannot be written.
     """
     writer = _Writer(file)
-    # In a thread of its own, as an interrupt goes to the main one and never into torch's writer.
-    # torch asks for no more than a file that can be written; its types want all of IO.
-    with ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(
-            torch.export.save,
-            program.exported,
-            writer,  # type: ignore[arg-type]
-            extra_files=program.extra_files,
-        )
-        try:
-            saved.result()
-        except BaseException as error:
-            writer.error = writer.error or error  # nothing more is written, and it is done soon
-            raise
+    with _interrupt_kept(writer):
+        # torch asks for no more than a file that can be written; its types want all of IO.
+        torch.export.save(program.exported, writer, extra_files=program.extra_files)  # type: ignore[arg-type]
     if writer.error is not None:
         raise writer.error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..network.planning import POLICIES
 from . import tables
-from .files import byte_count, replacing, target
+from .files import byte_count, keep, naming, replacing, target
 
 if TYPE_CHECKING:
     from .archives import Program
@@ -96,18 +96,20 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write(collapsed: Any, program: Program, output: Path | None, report: Path | None) -> None:
-    """Both files or none: each takes its place when the other is complete as well."""
+    """Both files or none: they take their places when both are complete and on the disk."""
     from .archives import save_program
 
     with ExitStack() as stack:
         model = None if output is None else stack.enter_context(replacing(output))
         text = None if report is None else stack.enter_context(replacing(report))
         if model is not None:
-            save_program(model, program._replace(exported=collapsed.export()))
-            model.flush()  # here, as no place is taken yet: the disk may be full
+            with naming(output):
+                save_program(model, program._replace(exported=collapsed.export()))
+                keep(model)  # here, as no place is taken yet: the disk may be full
         if text is not None:
-            text.write((collapsed.report.to_json() + "\n").encode())
-            text.flush()
+            with naming(report):
+                text.write((collapsed.report.to_json() + "\n").encode())
+                keep(text)
 
 
 def _show(report: Any) -> None:

@@ -8,9 +8,11 @@ import os
 import re
 from pathlib import Path
 
+from ..storage import _keep as keep
+from ..storage import _naming as naming
 from ..storage import _replacing as replacing
 
-__all__ = ["byte_count", "replacing", "target"]
+__all__ = ["byte_count", "keep", "naming", "replacing", "target"]
 
 _UNITS = {
     "": 1,

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 __all__ = ["fully_shard_again"]
+
+
+def _is_as_fully_shard(parameter: DTensor) -> bool:
+    """By rows on a mesh of one axis; on one of two, replicated on the first."""
+    rows: tuple[Placement, ...] = (Shard(0),)
+    return parameter.placements in (rows, (Replicate(), *rows))
 
 
 def fully_shard_again(module: nn.Module, **options: Any) -> nn.Module:
@@ -27,7 +33,8 @@ def fully_shard_again(module: nn.Module, **options: Any) -> nn.Module:
         The module.
 
     Raises:
-        ValueError: No parameter is a DTensor, or they are of several meshes.
+        ValueError: No parameter is a DTensor, or they are of several meshes, or not sharded as
+            fully_shard does it: by rows, and with a mesh of two axes replicated on the first.
     """
     op = "fully_shard_again"
     sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
@@ -37,6 +44,12 @@ def fully_shard_again(module: nn.Module, **options: Any) -> nn.Module:
             f"{op}: `module` must have parameters that are DTensors of one mesh, got "
             f"{len(meshes)} meshes in {type(module).__name__}"
         )
+    for name, placed in sharded.items():
+        if not _is_as_fully_shard(placed):
+            raise ValueError(
+                f"{op}: `module` must be sharded as fully_shard does it, by rows, got {name} with "
+                f"{placed.placements}; redistribute it first"
+            )
     options.setdefault("mesh", meshes.pop())
     names: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
