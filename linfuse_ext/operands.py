@@ -147,15 +147,16 @@ def check_fuse_conv_conv(
     first_bias: Tensor | None,
     second_weight: Tensor,
     second_bias: Tensor | None,
-    first_stride: Sequence[int],
-    first_dilation: Sequence[int],
-    first_groups: int,
-    second_dilation: Sequence[int],
-    second_groups: int,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What an element of each kernel moves by, per axis, once the operands are known to fit.
+    first_stride: Sequence[int] = (1,),
+    first_dilation: Sequence[int] = (1,),
+    first_groups: int = 1,
+    second_dilation: Sequence[int] = (1,),
+    second_groups: int = 1,
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]]:
+    """What an element of each kernel moves by, per axis, and the groups, of operands that fit.
 
-    Mirrors the checks of csrc/ops/fuse_conv_conv.cpp.
+    Takes the arguments of the op as they come, and mirrors the checks of
+    csrc/ops/fuse_conv_conv.cpp.
     """
     op = "fuse_conv_conv"
     check_tensor(op, "first_weight", first_weight)
@@ -193,7 +194,7 @@ def check_fuse_conv_conv(
     second_dilation = per_axis(op, "second_dilation", second_dilation, axes, 1)
     steps = dilation, tuple(s * d for s, d in zip(stride, second_dilation, strict=True))
     check_fits(op, steps[1])
-    return steps
+    return steps, (first_groups, second_groups)
 
 
 def _fits(tensor: Tensor, size: Size) -> bool:

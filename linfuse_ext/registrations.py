@@ -13,7 +13,7 @@ Importing this module registers them. The formulas:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,28 +120,15 @@ def _(
     first_bias: Tensor | None,
     second_weight: Tensor,
     second_bias: Tensor | None,
-    first_stride: Sequence[int] = (1,),
-    first_dilation: Sequence[int] = (1,),
-    first_groups: int = 1,
-    second_dilation: Sequence[int] = (1,),
-    second_groups: int = 1,
+    *settings: Any,
 ) -> Any:
-    steps = check_fuse_conv_conv(
-        first_weight,
-        first_bias,
-        second_weight,
-        second_bias,
-        first_stride,
-        first_dilation,
-        first_groups,
-        second_dilation,
-        second_groups,
-    )
+    operands = (first_weight, first_bias, second_weight, second_bias)
+    steps, groups = check_fuse_conv_conv(*operands, *settings)
     sizes = first_weight.shape[2:], second_weight.shape[2:]
-    common = common_divisor(first_groups, second_groups)
+    common = common_divisor(*groups)
     weight = first_weight.new_empty(
         second_weight.shape[0],
-        first_weight.shape[1] * (first_groups // common),
+        first_weight.shape[1] * (groups[0] // common),
         *merged_size(sizes, steps),
     )
     return weight, first_weight.new_empty(second_weight.shape[0])

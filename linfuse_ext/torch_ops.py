@@ -6,7 +6,6 @@ kernels and torch's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,31 +113,18 @@ def fuse_conv_conv_by_torch(
     first_bias: Tensor | None,
     second_weight: Tensor,
     second_bias: Tensor | None,
-    first_stride: Sequence[int] = (1,),
-    first_dilation: Sequence[int] = (1,),
-    first_groups: int = 1,
-    second_dilation: Sequence[int] = (1,),
-    second_groups: int = 1,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """The merged kernel and bias by torch's convolution: on CUDA, and where gradients are wanted.
 
     In float64 and rounded once, as our kernel; exactness is the caller's matter.
     """
-    steps = check_fuse_conv_conv(
-        first_weight,
-        first_bias,
-        second_weight,
-        second_bias,
-        first_stride,
-        first_dilation,
-        first_groups,
-        second_dilation,
-        second_groups,
-    )
+    operands = (first_weight, first_bias, second_weight, second_bias)
+    steps, groups = check_fuse_conv_conv(*operands, *settings)
     weight = torch_engine.composed_kernel(
-        first_weight.double(), second_weight.double(), steps, (first_groups, second_groups)
+        first_weight.double(), second_weight.double(), steps, groups
     )
-    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, second_groups)
+    bias = torch_engine.merged_bias(first_bias, second_weight, second_bias, groups[1])
     return weight.to(first_weight.dtype).contiguous(), bias.to(first_weight.dtype)
 
 
