@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FusionError
-from .meshes import gathered, on_one_mesh, placed_as_layers
+from .meshes import check_rules, gathered, on_one_mesh, placed_as_layers
 from .modules import (
     _CONVOLUTIONS,
     _TRANSPOSED,
@@ -60,12 +60,14 @@ def _check_pair(op: str, layer: Any, bn: Any, side: str) -> None:
 def _check_tensors(op: str, weight: Tensor, bn: Any) -> None:
     """Dtypes and devices are such that torch would run the two layers."""
     check_tensor(op, "layer.weight", weight)
+    check_rules(op, "layer.weight", weight)
     half = weight.dtype in (torch.float16, torch.bfloat16)
     dtypes = (weight.dtype, torch.float32) if half else (weight.dtype,)
     for name in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(bn, name)
         if tensor is None:
             continue
+        check_rules(op, f"bn.{name}", tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(
                 f"{op}: `bn.{name}` must be {' or '.join(map(str, dtypes))} for this layer, "

@@ -41,11 +41,7 @@ def check_meshes(op: str, operands: dict[str, Tensor | None]) -> None:
     if not sharded:
         return
     first: Any = named[sharded[0]]
-    if _RULES not in sys.modules:
-        raise ValueError(
-            f"{op}: `{sharded[0]}` must be a plain tensor until the rules for sharded ones are "
-            f"registered, got a DTensor; type: import {_RULES}"
-        )
+    check_rules(op, sharded[0], first)
     for name, operand in named.items():
         if name not in sharded:
             raise ValueError(
@@ -58,6 +54,24 @@ def check_meshes(op: str, operands: dict[str, Tensor | None]) -> None:
                 f"{op}: `{name}` must be on the mesh of `{sharded[0]}` ({first.device_mesh}), "
                 f"got {mesh}"
             )
+
+
+def check_rules(op: str, name: str, operand: object) -> None:
+    """Checks that an operand is no DTensor until it is known how these are sharded.
+
+    Args:
+        op: What is asked for, for messages.
+        name: The operand's name, for messages.
+        operand: The operand.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if is_sharded(operand) and _RULES not in sys.modules:
+        raise ValueError(
+            f"{op}: `{name}` must be a plain tensor until the rules for sharded ones are "
+            f"registered, got a DTensor; type: import {_RULES}"
+        )
 
 
 def check_not_sharded(op: str, name: str, operand: object) -> None:
@@ -104,10 +118,25 @@ def on_whole(function: Callable[..., tuple[Tensor, ...]], *operands: Any) -> tup
     """
     tensor = sys.modules["torch.distributed.tensor"]
     mesh = next(operand.device_mesh for operand in operands if operand is not None)
-    parts = (None if each is None else each.to_local() for each in replicated(*operands))
     whole = [tensor.Replicate()] * mesh.ndim
-    results = function(*parts)
-    return tuple(tensor.DTensor.from_local(each, mesh, whole, run_check=False) for each in results)
+    if is_on(mesh):
+        results = function(*(None if o is None else o.to_local() for o in replicated(*operands)))
+        parts = results
+    else:  # nothing is here; of the results it knows the shapes
+        results = function(*map(_shape_of, operands))
+        parts = tuple(each.new_empty(0, device=mesh.device_type) for each in results)
+    return tuple(
+        tensor.DTensor.from_local(
+            part, mesh, whole, run_check=False, shape=each.shape, stride=each.stride()
+        )
+        for part, each in zip(parts, results, strict=True)
+    )
+
+
+def _shape_of(operand: Any) -> Any:
+    if operand is None:
+        return None
+    return torch.empty(operand.shape, dtype=operand.dtype, device="meta")
 
 
 def _whole(layout: Any) -> list[Any]:
@@ -118,13 +147,13 @@ def on_one_mesh(*operands: Tensor | None) -> tuple[Any, ...]:
     """Operands of layers, of which none or all are DTensors, and these of one mesh.
 
     Beside a sharded one a plain one is replicated: tensor parallelism leaves layers outside its
-    plan as they are, the same on every rank. Beside one that FSDP2 and tensor parallelism have
-    sharded both, one that only FSDP2 has is gathered.
+    plan as they are, the same on every rank. What is on another mesh is gathered there: beside a
+    Linear that FSDP2 and tensor parallelism have sharded both, a convolution that only FSDP2 has.
     """
     sharded: list[Any] = [operand for operand in operands if is_sharded(operand)]
     if not sharded:
         return operands
-    main = max(sharded, key=lambda operand: operand.device_mesh.ndim)
+    main = max(sharded, key=_leads)
     return tuple(
         operand
         if operand is None or getattr(operand, "device_mesh", None) == main.device_mesh
@@ -133,14 +162,35 @@ def on_one_mesh(*operands: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def _leads(weight: Tensor) -> tuple[bool, int]:
+    """What a merged layer is sharded like: a Linear, or else the larger layer."""
+    return weight.dim() == 2, weight.numel()
+
+
 def _beside(plain: Tensor, sharded: Any) -> Any:
     kind = sys.modules["torch.distributed.tensor"].DTensor
     return kind.from_local(plain, sharded.device_mesh, _whole(sharded), run_check=False)
 
 
 def gathered(value: Any) -> Any:
-    """A tensor as a plain one: a DTensor is put together on every rank."""
-    return value.full_tensor() if is_sharded(value) else value
+    """A tensor as a plain one: a DTensor is put together on every rank.
+
+    Raises:
+        ValueError: This rank is outside of its mesh, and has nothing of it.
+    """
+    if not is_sharded(value):
+        return value
+    if not is_on(value.device_mesh):
+        raise ValueError(
+            f"a DTensor of {tuple(value.shape)} must be on a mesh of which this rank is a part to "
+            f"be gathered, got {value.device_mesh}"
+        )
+    return value.full_tensor()
+
+
+def is_on(mesh: Any) -> bool:
+    """Whether this rank is a part of a mesh."""
+    return mesh.get_coordinate() is not None
 
 
 def placed_like(value: Any, layout: Any, axes: int | None = None) -> Any:
@@ -189,7 +239,7 @@ def placed_as_layers(
     sharded = [layer for layer in layers if is_sharded(layer[0])]
     if not sharded:
         return weight, bias
-    like, like_bias = max(sharded, key=lambda layer: (layer[0].dim() == 2, layer[0].numel()))
+    like, like_bias = max(sharded, key=lambda layer: _leads(layer[0]))
     if bias is not None:
         bias = placed_like(bias, like_bias if is_sharded(like_bias) else like)
     return placed_like(weight, like), bias
@@ -230,6 +280,8 @@ def call_sharded(
         return op(*operands, *arguments, **options)
     names = (argument.name for argument in op._schema.arguments)
     check_meshes(op._schema.name.partition("::")[2], dict(zip(names, operands, strict=False)))
-    if op in OWN_PARTS:
+    # A rank outside of the mesh makes nothing: torch knows how.
+    given: list[Any] = [operand for operand in operands if operand is not None]
+    if op in OWN_PARTS and is_on(given[0].device_mesh):
         return OWN_PARTS[op](op, operands, arguments, options)
     return op(*operands, *arguments, **options)

@@ -18,7 +18,7 @@ from . import functional
 from .composition import Conv, compose
 from .functional import Size
 from .geometry import make_geometry, make_settings
-from .meshes import is_of_a_mesh, let_go, on_one_mesh, placed_as_layers
+from .meshes import check_rules, is_of_a_mesh, let_go, on_one_mesh, placed_as_layers
 from .operands import check_tensor
 
 __all__ = [
@@ -168,6 +168,7 @@ def conv_to_linear(conv: nn.Module, input_size: Size) -> nn.Linear:
     _check_module(op, "conv", conv, _CONVOLUTIONS + _TRANSPOSED)
     weight, bias = _parameters(conv)
     check_tensor(op, "weight", weight)
+    check_rules(op, "conv.weight", weight)
     make_geometry(op, weight.shape, input_size, **_conv_keywords(conv))  # errors name this op
     with torch.no_grad():
         kernel, each = on_one_mesh(weight, bias)

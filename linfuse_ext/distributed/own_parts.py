@@ -152,6 +152,14 @@ def _fuse_conv_linear(op: Any, operands: Operands, arguments: Operands, options:
     columns = [placement for placement in linear_weight.placements if axis_of(placement) == 1]
     if columns and set(columns) == {Shard(1)} and cuts_channels(geometry, mesh.size()):
         return op(*operands, *arguments, **options)
+    if columns and geometry.groups > 1:
+        split = [axis_of(placement) == 1 for placement in linear_weight.placements]
+        ranks = math.prod(mesh.size(axis) for axis, cut in enumerate(split) if cut)
+        if tuple(linear_weight.placements) == tuple(_placed(split, 1)) and (
+            geometry.groups % ranks == 0
+        ):
+            own = (*arguments[:-1], geometry.groups // ranks)
+            return _groups_of_fuse_conv_linear(op, operands, own, options, geometry, split)
     rows = _turned(linear_weight, 1)
     linear_weight, linear_bias = moved(linear_weight, rows), moved(linear_bias, rows)
     if not _has_empty_ranks(linear_weight, 0):
@@ -166,6 +174,31 @@ def _fuse_conv_linear(op: Any, operands: Operands, arguments: Operands, options:
     return (
         _joined(weight, mesh, rows, (features, geometry.cols)),
         _joined(bias, mesh, rows, (features,)),
+    )
+
+
+def _groups_of_fuse_conv_linear(
+    op: Any,
+    operands: Operands,
+    arguments: Operands,
+    options: Any,
+    geometry: Geometry,
+    split: Sequence[bool],
+) -> Any:
+    """Each rank has groups of its own, whose input channels no other rank reads."""
+    conv_weight, conv_bias, linear_weight, linear_bias = operands
+    mesh, features = linear_weight.device_mesh, linear_weight.shape[0]
+    kernel, columns, summed = _placed(split, 0), _placed(split, 1), _summed(split)
+    parts = [_local(each, kernel, kernel) for each in (conv_weight, conv_bias)]
+    parts.append(_local(linear_weight, columns, columns))
+    whole = _local(linear_bias, [Replicate()] * mesh.ndim, summed)
+    if whole is not None:  # counts once
+        first = all(mesh.get_local_rank(axis) == 0 for axis, cut in enumerate(split) if cut)
+        whole = torch.where(torch.tensor(first, device=whole.device), whole, 0)
+    weight, bias = op(*parts, whole, *arguments, **options)
+    return (
+        _joined(weight, mesh, columns, (features, geometry.cols)),
+        _joined(bias, mesh, summed, (features,)),
     )
 
 

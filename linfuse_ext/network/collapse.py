@@ -79,8 +79,8 @@ def collapse(
     Args:
         model: An nn.Module in eval mode, captured by torch.export; or a
             torch.export.ExportedProgram, whatever way it was made. It is not changed. A module may
-            be sharded (linfuse_ext.distributed): every rank gathers the network, merges, and keeps
-            its shards.
+            be sharded (linfuse_ext.distributed): every rank gathers layer after layer, merges, and
+            keeps its shards.
         example_inputs: A tensor, a sequence of positional inputs or a mapping of keyword inputs, on
             which torch.export runs. Axis 0 of every tensor with as many samples as the first is the
             batch. All other sizes are fixed by the example. None for a program: its own.

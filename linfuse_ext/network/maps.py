@@ -14,7 +14,9 @@ nothing is computed before it is asked for: a plan weighs many merges and makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +30,12 @@ Shape = tuple[int, ...]
 
 
 class Deferred:
-    """A float64 tensor whose shape is known and whose values are made when first asked for."""
+    """A float64 tensor whose shape is known and whose values are made when they are asked for."""
 
     def __init__(self, shape: Iterable[int], make: Callable[[], Tensor]) -> None:
         """Keeps `make`, which returns a tensor of `shape`."""
         self.shape: Shape = tuple(shape)
-        self._make: Callable[[], Tensor] | None = make
-        self._value: Tensor | None = None
+        self._make = make
 
     @property
     def size(self) -> int:
@@ -43,13 +44,31 @@ class Deferred:
 
     @property
     def value(self) -> Tensor:
-        """The tensor."""
-        if self._value is None:
-            assert self._make is not None
-            made = self._make()
-            self._value = made.to(torch.float64).expand(self.shape)
-            self._make = None  # and with it all that it was made from
-        return self._value
+        """The tensor: made once inside `keeping_values`, anew each time outside of it."""
+        kept = _KEPT.get()
+        value = None if kept is None else kept.get(self)
+        if value is None:
+            value = self._make().to(torch.float64).expand(self.shape)
+            if kept is not None:
+                kept[self] = value
+        return value
+
+
+_KEPT: ContextVar[dict[Deferred, Tensor] | None] = ContextVar("kept values", default=None)
+
+
+@contextmanager
+def keeping_values() -> Iterator[None]:
+    """Makes every value that is asked for inside once, and drops them all in the end.
+
+    So that what one merge was made of is gone before the next is made: a network may be larger
+    than the memory that holds it sharded.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def deferred_full(shape: Iterable[int], fill: float) -> Deferred:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 from ..meshes import gathered
 from .capture import Captured, input_leaves
@@ -25,8 +26,10 @@ class _Recorder(Interpreter):
         self.kept: dict[Node, Any] = {}
         self._wanted = wanted
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return gathered(super().get_attr(target, args, kwargs))
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # Each where it is read, so that one layer after the other is whole.
+        args, kwargs = tree_map(gathered, (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ..modules import _make_conv, _make_linear
 from .constants import Constants, attribute, is_written
 from .layers import BiasMap, ScaleShift
-from .maps import Convolution, Dense, Diagonal, Shape, View, dense
+from .maps import Convolution, Dense, Diagonal, Shape, View, dense, keeping_values
 from .modules import module_of
 from .naming import merged_name
 from .operations import arguments_of
@@ -74,7 +74,7 @@ def _made_of(layer: Layer, start: Node, steps: list[Step], constants: Constants)
     parameters = constants.parameters_of(step.node for step in steps)
     grads = any(parameter.requires_grad for parameter in parameters)
     # What is made without a device of its own is made where the model is.
-    with torch.no_grad(), torch.device(value.device):
+    with torch.no_grad(), torch.device(value.device), keeping_values():
         return _make(layer, value.dtype, grads)
 
 

@@ -1,18 +1,20 @@
-"""A sharded network as torch.export can read it, and the sharded parameters back into its graph.
+"""A sharded network as torch.export can read it, and the sharded tensors back into its graph.
 
-torch.export reads neither parameters that are DTensors nor FSDP2's modules. What it needs of a
-parameter is its shape; the values are read when a merge needs them.
+torch.export reads neither parameters and buffers that are DTensors nor FSDP2's modules. What it
+needs of a tensor is its shape; the values are read when a merge needs them.
 """
 
 from __future__ import annotations
 
+import itertools
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..meshes import fsdp_module, is_of_a_mesh, is_sharded, let_go, placed_like
+from ..meshes import check_rules, fsdp_module, is_of_a_mesh, is_sharded, let_go, placed_like
 
 
 def unsharded(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -23,26 +25,30 @@ def unsharded(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
     Returns:
         The model itself where nothing is sharded. Otherwise a copy without FSDP2's classes and
-        without what torch.distributed does before and after a layer, whose sharded parameters have
-        shapes but no values; and these parameters, by name.
+        without what torch.distributed does before and after a layer, whose sharded parameters and
+        buffers have shapes but no values; and these, by name.
     """
     for part in model.modules():
         let_go(part)
-    named = model.named_parameters(remove_duplicate=False)
-    sharded = {name: parameter for name, parameter in named if is_sharded(parameter)}
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    sharded = {name: tensor for name, tensor in named if is_sharded(tensor)}
+    if sharded:
+        check_rules("collapse", *next(iter(sharded.items())))
     return (_copied(model, {}), sharded) if sharded else (model, {})
 
 
 def put_back(graph: GraphModule, sharded: dict[str, Any]) -> None:
-    """Gives a captured graph the sharded parameters in place of what stood for them."""
-    for name, parameter in sharded.items():
+    """Gives a captured graph the sharded tensors in place of what stood for them."""
+    for name, tensor in sharded.items():
         path, _, last = name.rpartition(".")
         try:
             owner = graph.get_submodule(path)
         except AttributeError:
             continue
-        if last in owner._parameters:
-            setattr(owner, last, parameter)
+        if last in owner._parameters or last in owner._buffers:
+            setattr(owner, last, tensor)
 
 
 def shard_like(module: nn.Module, sources: list[Any]) -> None:
@@ -79,27 +85,46 @@ def _copied(module: nn.Module, made: dict[int, Any]) -> nn.Module:
     for name, value in vars(module).items():
         if name.endswith("_hooks") and isinstance(value, dict):
             kept = {key: hook for key, hook in value.items() if not is_of_a_mesh(hook)}
-            value = type(value)(kept)
-        attributes[name] = value
-    attributes["_buffers"] = dict(module._buffers)
-    attributes["_parameters"] = {
-        name: _stand_in(parameter, made) for name, parameter in module._parameters.items()
-    }
-    attributes["_modules"] = {
-        name: None if part is None else _copied(part, made)
-        for name, part in module._modules.items()
-    }
+            attributes[name] = type(value)(kept)
+        elif name in ("_parameters", "_buffers"):
+            attributes[name] = {key: _stand_in(tensor, made) for key, tensor in value.items()}
+        else:
+            attributes[name] = _of_copies(value, made)
     return copy
 
 
-def _stand_in(parameter: Tensor | None, made: dict[int, Any]) -> Tensor | None:
-    """A parameter of the same shape that takes no memory; what is tied stays tied."""
-    if parameter is None or not is_sharded(parameter):
-        return parameter
-    if id(parameter) not in made:
-        one = torch.empty(1, dtype=parameter.dtype, device=parameter.device)
-        made[id(parameter)] = nn.Parameter(
-            one.expand(parameter.shape), requires_grad=parameter.requires_grad
-        )
-    found: Tensor = made[id(parameter)]
+def _of_copies(value: Any, made: dict[int, Any]) -> Any:
+    """An attribute that may hold modules, with their copies in their places.
+
+    Lists of layers and bound methods lead to the sharded layers otherwise.
+    """
+    if isinstance(value, nn.Module):
+        return _copied(value, made)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, _copied(value.__self__, made))
+    kind = type(value)
+    if kind not in (list, tuple, dict):
+        return value
+    if id(value) in made:
+        return made[id(value)]
+    if kind is tuple:
+        return tuple(_of_copies(each, made) for each in value)
+    copy = made[id(value)] = kind()
+    if kind is dict:
+        copy.update((key, _of_copies(each, made)) for key, each in value.items())
+    else:
+        copy.extend(_of_copies(each, made) for each in value)
+    return copy
+
+
+def _stand_in(tensor: Tensor | None, made: dict[int, Any]) -> Tensor | None:
+    """A tensor of the same kind and shape that takes no memory; what is tied stays tied."""
+    if tensor is None or not is_sharded(tensor):
+        return tensor
+    if id(tensor) not in made:
+        one = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        if isinstance(tensor, nn.Parameter):
+            one = nn.Parameter(one, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = one
+    found: Tensor = made[id(tensor)]
     return found

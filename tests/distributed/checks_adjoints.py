@@ -82,6 +82,14 @@ def gradients_of_sums_over_columns(mesh: Any) -> None:
         _check(_conv_linear(case), operands, mesh, (channels, ROWS, COLUMNS, WHOLE), grads)
 
 
+def gradients_of_whole_groups(mesh: Any) -> None:
+    case = BY_NAME["transposed_depthwise"]
+    operands = _operands(case, 5, behind=True)
+    places = (ROWS, ROWS, COLUMNS, WHOLE)
+    _check(_conv_linear(case), operands, mesh, places, (ROWS, ROWS, COLUMNS, SUM))
+    _check(_conv_linear(case), operands, mesh, (WHOLE, WHOLE, COLUMNS, WHOLE))
+
+
 def gradients_of_shards_everywhere(mesh: Any) -> None:
     for name in ("all_differ", "grouped", "upsample", "circular"):
         case = BY_NAME[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tolerance import assert_close
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -187,10 +188,15 @@ def layers_under_fsdp_and_tensor_parallelism_both(mesh: Any) -> None:
     if mesh.size() < 4:
         return
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    for style, axis in ((ColwiseParallel, 0), (RowwiseParallel, 1)):
+    for style, axis in (
+        (ColwiseParallel(output_layouts=WHOLE), 0),
+        (RowwiseParallel(input_layouts=WHOLE), 1),
+    ):
         conv, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(160, 8)
+        linear.bias.requires_grad_(False)
         want = lf.fuse_conv_linear(conv, linear, (4, 5))
-        parallelize_module(linear, grid["tensor"], style())
+        want.bias.requires_grad_(False)
+        parallelize_module(linear, grid["tensor"], style)
         for layer in (conv, linear):
             fully_shard(layer, mesh=grid["data"])
         assert linear.weight.device_mesh.ndim == 2 and conv.weight.device_mesh.ndim == 1
@@ -200,18 +206,77 @@ def layers_under_fsdp_and_tensor_parallelism_both(mesh: Any) -> None:
         assert merged.weight.to_local().shape == ((2, 60), (4, 30))[axis]
         torch.testing.assert_close(_full(merged.weight), want.weight)
         torch.testing.assert_close(_full(merged.bias), want.bias)
+        merged.bias.requires_grad_(False)
+        placements = [parameter.placements for parameter in merged.parameters()]
+        before = [id(parameter) for parameter in merged.parameters()]
+        other = ColwiseParallel() if axis else RowwiseParallel()
+        for plan, reason in ((None, "give the `plan` of tensor"), (other, "different placements")):
+            with _raises(reason):
+                fully_shard_again(merged, plan)
+            assert [id(parameter) for parameter in merged.parameters()] == before
+        again = fully_shard_again(merged, style)
+        x = torch.randn(3, 60)
+        for layer in (want, again):
+            optimizer = torch.optim.SGD([layer.weight], lr=0.1)
+            _full(layer(x)).square().mean().backward()
+            optimizer.step()
+        assert [parameter.placements for parameter in again.parameters()] == placements
+        assert [parameter.requires_grad for parameter in again.parameters()] == [True, False]
+        torch.testing.assert_close(_full(again.weight), want.weight)
+
+
+def layers_on_different_meshes(mesh: Any) -> None:
+    if mesh.size() < 4:
+        return
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        conv, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(160, 8)
+        want = lf.fuse_conv_linear(conv, linear, (4, 5))
+        fully_shard(conv, mesh=grid["data"])
+        parallelize_module(linear, grid["tensor"], style)
+        merged = lf.fuse_conv_linear(conv, linear, (4, 5))
+        assert merged.weight.device_mesh == merged.bias.device_mesh == grid["tensor"]
+        assert merged.weight.placements == linear.weight.placements
+        torch.testing.assert_close(_full(merged.weight), want.weight)
+        # The larger of two Linears stays where it is.
+        first, second = nn.Linear(9, 7), nn.Linear(7, 5)
+        want = lf.fuse_linear_linear(first, second)
+        fully_shard(second, mesh=grid["data"])
+        parallelize_module(first, grid["tensor"], style)
+        merged = lf.fuse_linear_linear(first, second)
+        assert merged.weight.device_mesh == merged.bias.device_mesh == grid["tensor"]
+        torch.testing.assert_close(_full(merged.weight), want.weight)
+
+
+def what_is_not_sharded_by_fsdp_is_not_given_to_it(mesh: Any) -> None:
+    linear = parallelize_module(nn.Linear(160, 8), mesh, RowwiseParallel())
+    with _raises("must be sharded as fully_shard does it, by rows, got weight with"):
+        fully_shard_again(linear)
+    with _raises("`plan` must be None for parameters on a mesh that has not two named axes"):
+        fully_shard_again(linear, RowwiseParallel())
+
+
+@contextmanager
+def _raises(reason: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        assert reason in str(error), error
+    else:
+        raise AssertionError(f"there should be an error: {reason}")
 
 
 def hooks_of_others_are_still_refused(mesh: Any) -> None:
     conv, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(160, 7)
     conv.register_forward_hook(lambda *arguments: None)
     _each_layer(mesh, [conv, linear])
-    try:
+    with _raises("`conv` must have no forward hooks"):
         lf.fuse_conv_linear(conv, linear, (4, 5))
-    except ValueError as error:
-        assert "`conv` must have no forward hooks" in str(error)
-    else:
-        raise AssertionError("the hook would be lost")
+    # distribute_module hides a function of the caller's in one of its own.
+    doubled = nn.Linear(160, 7)
+    distribute_module(doubled, mesh, input_fn=lambda module, inputs, mesh: (inputs[0] * 2,))
+    with _raises("`linear` must have no forward hooks"):
+        lf.fuse_conv_linear(nn.Conv2d(3, 8, 3, padding=1), doubled, (4, 5))
 
 
 def merged_layers_are_saved_and_loaded(mesh: Any) -> None:

@@ -5,6 +5,7 @@ Sizes at which the whole could not hide: a rank's part is tens of megabytes.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from sharding import COLUMNS, ROWS, WHOLE, collectives
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement
 
+import linfuse_ext as lf
 from linfuse_ext import functional
 
 MIB = 2**20
@@ -87,3 +90,42 @@ def writing_rows_of_a_matrix(mesh: Any) -> None:
         conv = DTensor.from_local(part, mesh, [ROWS], run_check=False)
         call = lambda c=conv, g=groups: functional.conv_to_affine(c, None, (24, 24), 1, 1, 1, g)  # noqa: E731
         _check(call, 4 * 16 * positions * 4 * positions, mesh)
+
+
+def merging_layers_under_fsdp(mesh: Any) -> None:
+    linear = nn.Linear(8192, 2560, bias=False, device="meta")
+    conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    for layer in (conv, linear):
+        fully_shard(layer, mesh=mesh)
+    linear.to_empty(device="cpu")
+    nn.init.normal_(linear.weight)
+    merge = lambda: lf.fuse_conv_linear(conv, linear, (32, 32))  # noqa: E731
+    merge()
+    peak, merged = _peak(merge)
+    own, whole = sum(_bytes(tuple(merged.parameters()))), 4 * 2560 * 8192
+    assert own == whole // mesh.size()
+    assert peak < own + 12 * MIB < whole * 0.8, (peak / MIB, own / MIB, whole / MIB)
+
+
+def collapsing_one_layer_after_the_other(mesh: Any) -> None:
+    """Of many layers the largest is gathered at most, and one merge is held in float64."""
+    size, count = 1024, 16
+    with torch.device("meta"):
+        pairs = [nn.Linear(size, size, bias=False) for _ in range(2 * count)]
+    parts = [part for n, each in enumerate(pairs) for part in ((each, nn.ReLU())[: 1 + n % 2])]
+    network = nn.Sequential(*parts).eval()
+    for part in pairs:
+        fully_shard(part, mesh=mesh)
+    network.to_empty(device="cpu")
+    for part in pairs:
+        nn.init.normal_(part.weight, std=size**-0.5)
+    x = torch.randn(2, size)
+    # Blocks of this size go back to the system when they are freed, and are not seen as held.
+    ctypes.CDLL(None).mallopt(-3, 2**20)
+    lf.collapse(network[:3].eval(), x)
+    peak, out = _peak(lambda: lf.collapse(network, x))
+    merged, one = list(out.model.parameters()), 4 * size**2
+    own, whole = sum(_bytes(tuple(merged))), one * len(merged)
+    assert len(merged) == count and own == whole // mesh.size()
+    # Two weights and what they become in float64, of a network of 128 MB.
+    assert peak < own + 10 * one < whole + 8 * one, (peak / MIB, own / MIB, whole / MIB)

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -119,6 +120,74 @@ def a_collapsed_network_runs_under_its_plan_again(mesh: Any) -> None:
     first, last = (name for name, part in got.named_children() if isinstance(part, nn.Linear))
     parallelize_module(got, mesh, {first: ColwiseParallel(), last: RowwiseParallel()})
     torch.testing.assert_close(got(x), network(x))
+
+
+class Entangled(nn.Module):
+    """Layers in a list, in a dict and behind a bound method, besides being parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.hidden = nn.Linear(128, 12)
+        self.last = nn.Linear(12, 8)
+        self.first_two = [self.conv, {"norm": self.norm}]
+        self.rest = (self.hidden, self.last)
+        self.end = self._end
+        self.register_buffer("scale", torch.rand(8) + 1)
+
+    def _end(self, y: Tensor) -> Tensor:
+        return self.rest[1](torch.relu(self.rest[0](y))) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, named = self.first_two
+        return self.end(torch.relu(named["norm"](conv(x))).flatten(1))
+
+
+def layers_that_are_held_twice(mesh: Any) -> None:
+    network, x = Entangled().eval(), torch.randn(2, 3, 4, 4)
+    model = Entangled().eval()  # a copy would hold the layers of the first
+    model.load_state_dict(network.state_dict())
+    fully_shard(model, mesh=mesh)
+    _check(model, network, x)
+
+
+def buffers_that_are_sharded(mesh: Any) -> None:
+    network, x = Entangled().eval(), torch.randn(2, 3, 4, 4)
+    model = Entangled().eval()
+    model.load_state_dict(network.state_dict())
+    distribute_module(model, mesh)
+    assert isinstance(model.norm.running_mean, DTensor)
+    _check(model, network, x)
+    # One that stays keeps its buffers as they are.
+    stays = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1)).eval()
+    plain = copy.deepcopy(stays)
+    distribute_module(stays, mesh)
+    state = lf.collapse(stays, x).model.state_dict()
+    want = lf.collapse(plain, x).model.state_dict()
+    assert list(state) == list(want)
+    for name, tensor in state.items():
+        assert isinstance(tensor, DTensor) and torch.equal(tensor.full_tensor(), want[name])
+
+
+def networks_under_fsdp_and_tensor_parallelism_both(mesh: Any) -> None:
+    if mesh.size() < 4:
+        return
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1),
+        nn.Flatten(), nn.Linear(80, 8), nn.ReLU(), nn.Linear(8, 6),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 4, 5)
+    model = copy.deepcopy(network)
+    parallelize_module(model, grid["tensor"], {"5": ColwiseParallel(), "7": RowwiseParallel()})
+    fully_shard(model, mesh=grid["data"])
+    got = _check(model, network, x).model
+    placements = {name: each.placements for name, each in got.named_parameters()}
+    assert placements["7.weight"] == model[7].weight.placements
+    fully_shard_again(got, {"3_5": ColwiseParallel(), "7": RowwiseParallel()})
+    assert {name: each.placements for name, each in got.named_parameters()} == placements
+    torch.testing.assert_close(_full(got(x)), network(x))
 
 
 def a_sharded_result_is_not_exported(mesh: Any) -> None:

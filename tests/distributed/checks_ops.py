@@ -18,10 +18,11 @@ from sharding import (
     shard,
     share,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 
 from linfuse_ext import functional
+from linfuse_ext.meshes import gathered
 
 # One of each kind: uneven stride and dilation, repeats, one axis and three, transposed, groups.
 SEVERAL = [
@@ -98,8 +99,24 @@ def columns_of_whole_channels_make_sums(mesh: Any) -> None:
             assert_same((weight, bias), _conv_linear(case), operands, case.geometry().rows + 9)
 
 
+def columns_of_whole_groups_stay_columns(mesh: Any) -> None:
+    for name in ("voxels", "circular_grouped", "transposed_depthwise"):
+        case = BY_NAME[name]
+        if case.geometry().groups % mesh.size():
+            continue
+        operands = _operands(case, 5, behind=True)
+        for conv in (WHOLE, ROWS):
+            places = (conv, conv, COLUMNS, WHOLE)
+            sharded = [shard(t, mesh, p) for t, p in zip(operands, places, strict=True)]
+            with collectives(0):
+                weight, bias = _conv_linear(case)(*sharded)
+            assert weight.placements == (COLUMNS,) and bias.placements == (SUM,)
+            assert weight.to_local().shape == (5, case.geometry().cols // mesh.size())
+            assert_same((weight, bias), _conv_linear(case), operands, case.geometry().rows + 9)
+
+
 def columns_that_are_cut_elsewhere_are_right_too(mesh: Any) -> None:
-    for case in (case_of("all_differ", 5), BY_NAME["voxels"], case_of("all_differ", 3)):
+    for case in (case_of("all_differ", 5), BY_NAME["grouped_dilated"], case_of("all_differ", 3)):
         operands = _operands(case, 6, behind=True)
         sharded = [
             shard(t, mesh, p) for t, p in zip(operands, (WHOLE, WHOLE, COLUMNS, WHOLE), strict=True)
@@ -337,6 +354,37 @@ def every_axis_of_a_mesh_has_its_own_placement(mesh: Any) -> None:
     kernel = [case.weight(), case.bias_vector()]
     sharded = [shard(t, grid, ROWS, ROWS) for t in kernel]
     assert_same(_matrix(case)(*sharded), _matrix(case), kernel, 9)
+
+
+def ranks_outside_of_a_mesh_have_nothing_to_do(mesh: Any) -> None:
+    few = DeviceMesh("cpu", list(range(mesh.size() - 1)))
+    outside = mesh.get_local_rank() == mesh.size() - 1
+    case = case_of("all_differ", 8)
+    behind, before = _operands(case, 2, behind=True), _operands(case, 2, behind=False)
+    kernels = [torch.randn(8, 4, 1, 1, dtype=torch.float64), None]
+    kernels += [torch.randn(6, 8, 3, 3, dtype=torch.float64), None]
+    for call, operands, places in (
+        (_conv_linear(case), behind, (WHOLE, WHOLE, ROWS, ROWS)),
+        (_conv_linear(case), behind, (WHOLE, WHOLE, COLUMNS, WHOLE)),
+        (_linear_conv(case), before, (COLUMNS, WHOLE, WHOLE, WHOLE)),
+        (_matrix(case), behind[:2], (ROWS, ROWS)),
+        (_matrix(case, rows=(0, 4)), behind[:2], (ROWS, ROWS)),
+        (functional.fuse_conv_conv, kernels, (ROWS,) * 4),
+    ):
+        sharded = [shard(t, few, p) for t, p in zip(operands, places, strict=True)]
+        outputs = call(*sharded)
+        if outside:
+            for actual, want in zip(outputs, call(*operands), strict=True):
+                assert actual.shape == want.shape and actual.to_local().numel() == 0
+        else:
+            assert_same(outputs, call, operands, 999)
+    if outside:
+        try:
+            gathered(sharded[0])
+        except ValueError as error:
+            assert "must be on a mesh of which this rank is a part" in str(error)
+        else:
+            raise AssertionError("there is nothing to put together")
 
 
 def half_types_are_rounded_once_on_a_rank(mesh: Any) -> None:

@@ -153,6 +153,8 @@ for call in (
     lambda: lf.functional.conv_to_affine(weight, None, 7),
     lambda: lf.functional.fuse_linear_linear(weight[:, :, 0], None, torch.randn(2, 8), None),
     lambda: lf.conv_to_linear(conv, 7),
+    lambda: lf.fuse_bn(conv, torch.nn.BatchNorm1d(8).eval()),
+    lambda: lf.collapse(torch.nn.Sequential(conv).eval(), torch.randn(2, 3, 7)),
 ):
     try:
         call()
@@ -173,7 +175,7 @@ def test_without_the_rules_it_says_what_to_type(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     imported, *lines = finished.stdout.splitlines()
     assert imported == "[]", "importing the package must not import torch.distributed"
-    ops = ("conv_to_affine", "fuse_linear_linear", "conv_to_affine")
+    ops = ("conv_to_affine", "fuse_linear_linear", "conv_to_linear", "fuse_bn", "collapse")
     for line, op in zip(lines, ops, strict=True):
         assert line.startswith(f"{op}: `")
         assert line.endswith("got a DTensor; type: import linfuse_ext.distributed")
