@@ -95,7 +95,37 @@ def moved(operand: Any, placements: Sequence[Any]) -> Any:
     """A DTensor with other placements; itself, without a trace in autograd, where it has them."""
     if operand is None or tuple(operand.placements) == tuple(placements):
         return operand
-    return operand.redistribute(placements=placements)
+    placed = operand.redistribute(placements=placements)
+    if not (torch.is_grad_enabled() and placed.requires_grad):
+        return placed
+    return _WithGradient.apply(placed)  # type: ignore[no-untyped-call]
+
+
+def local_part(operand: Any, placements: Sequence[Any], grad: Sequence[Any] | None = None) -> Any:
+    """What this rank has of a DTensor with other placements, as a plain tensor.
+
+    Args:
+        operand: A DTensor, or None, of which None is returned.
+        placements: Where it is moved to.
+        grad: The placements of which its gradient there is a part; by default those.
+    """
+    if operand is None:
+        return None
+    return moved(operand, placements).to_local(grad_placements=grad)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The same DTensor, whose gradient is zeros where there is none: redistribute wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, placed: Any) -> Any:
+        ctx.set_materialize_grads(False)  # those zeros would not be a DTensor
+        ctx.like = placed.detach()
+        return placed.view_as(placed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return torch.zeros_like(ctx.like) if grad is None else grad
 
 
 def replicated(*operands: Any) -> tuple[Any, ...]:
@@ -120,11 +150,14 @@ def on_whole(function: Callable[..., tuple[Tensor, ...]], *operands: Any) -> tup
     mesh = next(operand.device_mesh for operand in operands if operand is not None)
     whole = [tensor.Replicate()] * mesh.ndim
     if is_on(mesh):
-        results = function(*(None if o is None else o.to_local() for o in replicated(*operands)))
+        results = function(*(local_part(operand, whole) for operand in operands))
         parts = results
     else:  # nothing is here; of the results it knows the shapes
         results = function(*map(_shape_of, operands))
-        parts = tuple(each.new_empty(0, device=mesh.device_type) for each in results)
+        parts = tuple(
+            each.new_empty(0, device=mesh.device_type, requires_grad=wants_gradient(*operands))
+            for each in results
+        )
     return tuple(
         tensor.DTensor.from_local(
             part, mesh, whole, run_check=False, shape=each.shape, stride=each.stride()

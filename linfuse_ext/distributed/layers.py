@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from .rules import axis_of
+from ..network.unsharded import copied
 
 __all__ = ["fully_shard_again"]
 
 _OP = "fully_shard_again"
-Places = list[tuple[nn.Module, str]]
 
 
 def fully_shard_again(module: nn.Module, plan: Any = None, **options: Any) -> nn.Module:
@@ -25,13 +25,14 @@ def fully_shard_again(module: nn.Module, plan: Any = None, **options: Any) -> nn
     Here the parameters that the module has become FSDP's own, without being gathered.
 
     Args:
-        module: With parameters that are DTensors of one mesh; it is changed in place. Under FSDP2
-            and tensor parallelism both, the last axis of the mesh is that of the latter, and those
+        module: With parameters that are DTensors of one mesh; it is changed in place. Parts of it
+            that fully_shard has been given already stay as they are. Under FSDP2 and tensor
+            parallelism both, the last axis of the mesh is that of the latter, and parameters
             outside of the plan may be on the mesh of the others.
         plan: The plan of torch.distributed.tensor.parallel.parallelize_module, if tensor
             parallelism has a part in it: a style for a layer, or styles by the names of layers.
         **options: Of torch.distributed.fsdp.fully_shard. `mesh` is by default that of the
-            parameters.
+            parameters, without its last axis where there is a plan.
 
     Returns:
         The module.
@@ -39,42 +40,57 @@ def fully_shard_again(module: nn.Module, plan: Any = None, **options: Any) -> nn
     Raises:
         ValueError: No parameter is a DTensor, or they are of several meshes, or not sharded as
             fully_shard does it: by rows on the last axis of its mesh, and replicated on one before
-            it; or not as the plan has it.
+            it; or not as the plan has it. The module is as it was.
     """
-    sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    own = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    known = {id(parameter) for part in own for parameter in part.parameters()}
+    sharded: dict[str, Any] = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if isinstance(parameter, DTensor) and id(parameter) not in known
+    }
+    if own and not sharded:
+        raise ValueError(
+            f"{_OP}: `module` must have parameters that are not FSDP's already, got none in "
+            f"{type(module).__name__}; fully_shard itself does the rest"
+        )
     mesh = _mesh_of(module, sharded.values())
     tensor_mesh = None
     if plan is not None:
         mesh, tensor_mesh = _parts(mesh)
     for name, parameter in sharded.items():
         _check(name, parameter, mesh)
-    places: dict[int, Places] = {}
+    stand_ins = {id(p): _without_values(p, mesh, tensor_mesh) for p in sharded.values()}
+    options.setdefault("mesh", mesh)
+    # What a plan or an option is wrong about is found on a copy.
+    rehearsal = copied(module, {**stand_ins, **{id(part): nn.Module() for part in own}})
+    _shard(rehearsal, sharded, stand_ins, tensor_mesh, plan, options)
     for part in module.modules():
         for name, held in part._parameters.items():
-            if isinstance(held, DTensor):
-                places.setdefault(id(held), []).append((part, name))
-    old = [getattr(*each[0]) for each in places.values()]
-    try:
-        for parameter, each in zip(old, places.values(), strict=True):
-            _put(_without_values(parameter, mesh, tensor_mesh), each)
-        if tensor_mesh is not None:
-            parallelize_module(module, tensor_mesh, plan)
-            for parameter, each in zip(old, places.values(), strict=True):
-                # A style makes parameters of its own.
-                _put(getattr(*each[0]).requires_grad_(parameter.requires_grad), each)
-        fully_shard(module, **{"mesh": mesh, **options})
-    except BaseException:
-        for parameter, each in zip(old, places.values(), strict=True):
-            _put(parameter, each)
-        raise
-    # As a checkpoint is loaded into a network that was sharded before it had values.
-    module.load_state_dict(dict(sharded), strict=False, assign=True)
+            if id(held) in stand_ins:
+                part._parameters[name] = stand_ins[id(held)]
+    _shard(module, sharded, stand_ins, tensor_mesh, plan, options)
     return module
 
 
-def _put(parameter: Any, places: Places) -> None:
-    for part, name in places:
-        setattr(part, name, parameter)
+def _shard(
+    module: nn.Module,
+    sharded: dict[str, Any],
+    stand_ins: dict[int, nn.Parameter],
+    tensor_mesh: Any,
+    plan: Any,
+    options: dict[str, Any],
+) -> None:
+    """Shards a module whose parameters have no values, and gives it those that are sharded."""
+    if tensor_mesh is not None:
+        parallelize_module(module, tensor_mesh, plan)
+        found = dict(module.named_parameters(remove_duplicate=False))
+        for name, parameter in sharded.items():
+            _check_plan(name, found[name], stand_ins[id(parameter)])
+            found[name].requires_grad_(parameter.requires_grad)
+    fully_shard(module, **options)
+    # As a checkpoint is loaded into a network that was sharded before it had values.
+    module.load_state_dict(dict(sharded), strict=False, assign=True)
 
 
 def _mesh_of(module: nn.Module, sharded: Any) -> Any:
@@ -114,12 +130,27 @@ def _check(name: str, parameter: DTensor, mesh: Any) -> None:
             f"{_OP}: `module` must have parameters that are DTensors of one mesh, got {name} on "
             f"{parameter.device_mesh} beside {mesh}"
         )
-    whole: list[Placement] = [Replicate()]
-    if list(placements[:-1]) not in ([], whole) or axis_of(placements[-1]) != 0:
+    rows: Placement = Shard(0)
+    if placements != parameter.placements and parameter.placements[-1] == rows:
+        # On both axes: fully_shard cuts what tensor parallelism has cut.
+        rows = _StridedShard(0, split_factor=parameter.device_mesh.size(-1))
+    if placements not in ((rows,), (Replicate(), rows)):
         raise ValueError(
             f"{_OP}: `module` must be sharded as fully_shard does it, by rows, got {name} with "
             f"{parameter.placements}; redistribute it first, or give the `plan` of tensor "
             "parallelism"
+        )
+
+
+def _check_plan(name: str, planned: Any, parameter: Any) -> None:
+    """Accepts what a plan makes of a parameter: what it is already."""
+    got, wanted = (getattr(each, "placements", None) for each in (planned, parameter))
+    if planned is parameter:  # a style makes one of its own
+        got = None
+    if got != wanted:
+        raise ValueError(
+            f"{_OP}: `plan` must have {name} sharded as it is, {wanted or 'not at all'}, got "
+            f"{got or 'nothing for it'}"
         )
 
 

@@ -8,6 +8,8 @@ That does not do
   of a weight of which it needs to know no more than these rows read;
 - where a Linear has fewer rows (columns) than there are ranks: torch gathers what it could leave;
 - where moving least is to gather a Linear;
+- for columns of a Linear in whole groups of a convolution: no rank reads input channels of another,
+  and what each makes are columns of the result;
 - for derivatives, which are views and sums besides ops of ours: torch cuts no axis of a DTensor in
   parts of which its shards are not made.
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..geometry import Geometry
-from ..meshes import OWN_PARTS, moved, on_whole, replicated
+from ..meshes import OWN_PARTS, local_part, moved, on_whole, replicated
 from ..operands import op_geometry
 from .rules import axis_of, cuts_channels, out_axis
 
@@ -51,13 +53,6 @@ def _share(size: int, mesh: Any, split: Sequence[bool]) -> tuple[int, int]:
             start = min(stop, start + mesh.get_local_rank(axis) * piece)
             stop = min(stop, start + piece)
     return start, stop
-
-
-def _local(operand: Any, placements: Sequence[Placement], grad: Sequence[Placement]) -> Any:
-    """What a rank has of an operand; its gradient there is a part by the placements of `grad`."""
-    if operand is None:
-        return None
-    return moved(operand, placements).to_local(grad_placements=grad)
 
 
 def _joined(part: Tensor, mesh: Any, placements: Sequence[Placement], size: Sequence[int]) -> Any:
@@ -88,8 +83,8 @@ def _conv_to_affine(op: Any, operands: Operands, arguments: Operands, options: A
     start, stop = _share(geometry.rows, mesh, split)
     sizes = (geometry.rows, geometry.cols), (geometry.rows,)
     if cuts_channels(geometry, ranks) and _follows(weight, geometry):
-        parts = [_local(operands[0], weight.placements, weight.placements)]
-        parts.append(_local(operands[1], rows, rows))
+        parts = [local_part(operands[0], weight.placements, weight.placements)]
+        parts.append(local_part(operands[1], rows, rows))
         matrix, offset = op(*parts, *arguments, **options)
         return _joined(matrix, mesh, rows, sizes[0]), _joined(offset, mesh, rows, sizes[1])
     if _is_cut_alike(geometry, ranks, nested=sum(split) > 1):
@@ -100,7 +95,7 @@ def _conv_to_affine(op: Any, operands: Operands, arguments: Operands, options: A
     else:
         own, grad = [Replicate()] * mesh.ndim, _summed(split)
         around = (0, 0)
-    parts = [_padded(_local(operand, own, grad), around) for operand in operands]
+    parts = [_padded(local_part(operand, own, grad), around) for operand in operands]
     matrix, offset = op(*parts, *arguments, **{**options, "rows": (start, stop)})
     return _joined(matrix, mesh, rows, sizes[0]), _joined(offset, mesh, rows, sizes[1])
 
@@ -167,8 +162,8 @@ def _fuse_conv_linear(op: Any, operands: Operands, arguments: Operands, options:
         return op(*kernel, linear_weight, linear_bias, *arguments, **options)
     split = [axis_of(placement) is not None for placement in rows]
     whole, summed = [Replicate()] * mesh.ndim, _summed(split)
-    parts = [_local(each, whole, summed) for each in (conv_weight, conv_bias)]
-    parts += [_local(each, rows, rows) for each in (linear_weight, linear_bias)]
+    parts = [local_part(each, whole, summed) for each in (conv_weight, conv_bias)]
+    parts += [local_part(each, rows, rows) for each in (linear_weight, linear_bias)]
     weight, bias = op(*parts, *arguments, **options)
     features = linear_weight.shape[0]
     return (
@@ -189,17 +184,35 @@ def _groups_of_fuse_conv_linear(
     conv_weight, conv_bias, linear_weight, linear_bias = operands
     mesh, features = linear_weight.device_mesh, linear_weight.shape[0]
     kernel, columns, summed = _placed(split, 0), _placed(split, 1), _summed(split)
-    parts = [_local(each, kernel, kernel) for each in (conv_weight, conv_bias)]
-    parts.append(_local(linear_weight, columns, columns))
-    whole = _local(linear_bias, [Replicate()] * mesh.ndim, summed)
+    parts = [local_part(each, kernel, kernel) for each in (conv_weight, conv_bias)]
+    parts.append(local_part(linear_weight, columns, columns))
+    whole = local_part(linear_bias, [Replicate()] * mesh.ndim, summed)
     if whole is not None:  # counts once
         first = all(mesh.get_local_rank(axis) == 0 for axis, cut in enumerate(split) if cut)
         whole = torch.where(torch.tensor(first, device=whole.device), whole, 0)
     weight, bias = op(*parts, whole, *arguments, **options)
     return (
         _joined(weight, mesh, columns, (features, geometry.cols)),
-        _joined(bias, mesh, summed, (features,)),
+        _SumOverRanks.apply(bias, mesh, summed),  # type: ignore[no-untyped-call]
     )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A vector of which each rank has a summand.
+
+    As DTensor.from_local, whose second derivative takes the gradient of what its backward hands
+    each rank for the same on all of them: it is a sum over ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, mesh: Any, placements: Sequence[Placement]) -> Any:
+        ctx.mesh, ctx.placements = mesh, placements
+        ctx.set_materialize_grads(False)  # zeros would not be a DTensor
+        return _joined(part.detach(), mesh, placements, part.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return local_part(grad, [Replicate()] * ctx.mesh.ndim, ctx.placements), None, None
 
 
 def _fuse_linear_conv(op: Any, operands: Operands, arguments: Operands, options: Any) -> Any:
@@ -216,10 +229,10 @@ def _fuse_linear_conv(op: Any, operands: Operands, arguments: Operands, options:
     if not _has_empty_ranks(linear_weight, 1):
         return op(linear_weight, linear_bias, conv_weight, conv_bias, *arguments, **options)
     whole, summed = [Replicate()] * mesh.ndim, _summed(split)
-    part = _local(linear_weight, columns, columns)
-    weight, _ = op(part, None, _local(conv_weight, whole, summed), None, *arguments, **options)
+    part = local_part(linear_weight, columns, columns)
+    weight, _ = op(part, None, local_part(conv_weight, whole, summed), None, *arguments, **options)
     # The bias is whole on every rank, and so are its gradients.
-    parts = [_local(each, whole, whole) for each in (linear_bias, conv_weight, conv_bias)]
+    parts = [local_part(each, whole, whole) for each in (linear_bias, conv_weight, conv_bias)]
     _, bias = op(part.new_zeros(geometry.cols, 0), *parts, *arguments, **options)
     return (
         _joined(weight, mesh, columns, (geometry.rows, linear_weight.shape[1])),

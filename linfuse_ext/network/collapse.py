@@ -42,8 +42,8 @@ class Collapsed:
 
     def export(self) -> ExportedProgram:
         """The network as a program, for torch.export.save; its batch is dynamic if it was."""
-        for name, parameter in self.model.named_parameters():
-            check_not_sharded("export", name, parameter)
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            check_not_sharded("export", name, tensor)
         return torch.export.export(
             self.model,
             self._inputs.arguments,

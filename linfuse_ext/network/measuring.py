@@ -34,7 +34,7 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n in self._wanted or isinstance(value, int):
-            self.kept[n] = value
+            self.kept[n] = gathered(value)
         return value
 
 

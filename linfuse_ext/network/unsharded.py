@@ -6,6 +6,7 @@ needs of a tensor is its shape; the values are read when a merge needs them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from types import MethodType
 from typing import Any
@@ -13,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
-from ..meshes import check_rules, fsdp_module, is_of_a_mesh, is_sharded, let_go, placed_like
+from ..meshes import (
+    check_rules,
+    fsdp_module,
+    gathered,
+    is_of_a_mesh,
+    is_sharded,
+    let_go,
+    placed_like,
+)
 
 
 def unsharded(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -34,9 +44,21 @@ def unsharded(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     sharded = {name: tensor for name, tensor in named if is_sharded(tensor)}
-    if sharded:
-        check_rules("collapse", *next(iter(sharded.items())))
-    return (_copied(model, {}), sharded) if sharded else (model, {})
+    if not sharded:
+        return model, {}
+    check_rules("collapse", *next(iter(sharded.items())))
+    stand_ins: dict[int, Any] = {}
+    for tensor in sharded.values():  # of tied ones there is one
+        stand_ins.setdefault(id(tensor), _without_values(tensor))
+    return copied(model, stand_ins), sharded
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same kind and shape that takes no memory."""
+    one = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(one, requires_grad=tensor.requires_grad)
+    return one
 
 
 def put_back(graph: GraphModule, sharded: dict[str, Any]) -> None:
@@ -71,8 +93,14 @@ def shard_like(module: nn.Module, sources: list[Any]) -> None:
                 setattr(part, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
-def _copied(module: nn.Module, made: dict[int, Any]) -> nn.Module:
-    """A copy that shares everything with a module but its parameters, hooks and parts."""
+def copied(module: nn.Module, made: dict[int, Any]) -> nn.Module:
+    """A copy of a module and of all that leads to its parts, without FSDP2 and the mesh's hooks.
+
+    Args:
+        module: Any module; it and all that it holds stay as they are.
+        made: By id, what stands in for a tensor, or for a module; copies are entered. A DTensor
+            that is not in it is gathered: a layer that is held, but is no part.
+    """
     if id(module) in made:
         known: nn.Module = made[id(module)]
         return known
@@ -81,50 +109,47 @@ def _copied(module: nn.Module, made: dict[int, Any]) -> nn.Module:
         kind = next(each for each in kind.__mro__ if not issubclass(each, fsdp))
     copy: nn.Module = object.__new__(kind)
     made[id(module)] = copy
+
+    def of_copies(value: Any) -> Any:
+        return pytree.tree_map(lambda leaf: _copied_leaf(leaf, made), value)
+
     attributes = vars(copy)
     for name, value in vars(module).items():
         if name.endswith("_hooks") and isinstance(value, dict):
             kept = {key: hook for key, hook in value.items() if not is_of_a_mesh(hook)}
-            attributes[name] = type(value)(kept)
+            value = type(value)(kept)
         elif name in ("_parameters", "_buffers"):
-            attributes[name] = {key: _stand_in(tensor, made) for key, tensor in value.items()}
-        else:
-            attributes[name] = _of_copies(value, made)
+            attributes[name] = {key: _copied_tensor(each, made) for key, each in value.items()}
+            continue
+        attributes[name] = of_copies(value)
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(module, name):
+                setattr(copy, name, of_copies(getattr(module, name)))
     return copy
 
 
-def _of_copies(value: Any, made: dict[int, Any]) -> Any:
-    """An attribute that may hold modules, with their copies in their places.
-
-    Lists of layers and bound methods lead to the sharded layers otherwise.
-    """
+def _copied_leaf(value: Any, made: dict[int, Any]) -> Any:
+    """What leads to a module leads to its copy: lists of layers and bound methods do."""
     if isinstance(value, nn.Module):
-        return _copied(value, made)
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, _copied(value.__self__, made))
-    kind = type(value)
-    if kind not in (list, tuple, dict):
-        return value
-    if id(value) in made:
-        return made[id(value)]
-    if kind is tuple:
-        return tuple(_of_copies(each, made) for each in value)
-    copy = made[id(value)] = kind()
-    if kind is dict:
-        copy.update((key, _of_copies(each, made)) for key, each in value.items())
-    else:
-        copy.extend(_of_copies(each, made) for each in value)
-    return copy
+        return copied(value, made)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _copied_leaf(value.__self__, made))
+    if type(value) is functools.partial:
+        parts = (value.func, value.args, value.keywords)
+        func, args, keywords = pytree.tree_map(lambda leaf: _copied_leaf(leaf, made), parts)
+        return functools.partial(func, *args, **keywords)
+    return value
 
 
-def _stand_in(tensor: Tensor | None, made: dict[int, Any]) -> Tensor | None:
-    """A tensor of the same kind and shape that takes no memory; what is tied stays tied."""
+def _copied_tensor(tensor: Tensor | None, made: dict[int, Any]) -> Tensor | None:
     if tensor is None or not is_sharded(tensor):
         return tensor
     if id(tensor) not in made:
-        one = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        whole = gathered(tensor.detach())
         if isinstance(tensor, nn.Parameter):
-            one = nn.Parameter(one, requires_grad=tensor.requires_grad)
-        made[id(tensor)] = one
+            whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = whole
     found: Tensor = made[id(tensor)]
     return found

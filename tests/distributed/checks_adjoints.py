@@ -9,6 +9,7 @@ import torch
 from checks_ops import _conv_linear, _linear_conv, _matrix, _operands
 from sharding import BY_NAME, COLUMNS, ROWS, SUM, WHOLE, case_of, collectives, leaves, shard
 from tolerance import assert_close
+from torch.distributed.tensor import DTensor
 
 from linfuse_ext import functional
 
@@ -130,27 +131,57 @@ def gradients_of_merged_kernels(mesh: Any) -> None:
         _check(functional.fuse_conv_conv, operands, mesh, places)
 
 
+def gradients_of_one_output_alone(mesh: Any) -> None:
+    """What has no part in it has zeros for a gradient, or none."""
+    case, groups = case_of("all_differ", 8), BY_NAME["transposed_depthwise"]
+    kernels = [torch.randn(6, 3, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)]
+    kernels += [torch.randn(8, 6, 2, dtype=torch.float64), torch.randn(8, dtype=torch.float64)]
+    conv = [case.weight(), case.bias_vector()]
+    for call, operands, places in (
+        (_conv_linear(case), _operands(case, 5, behind=True), (WHOLE, WHOLE, COLUMNS, WHOLE)),
+        (_conv_linear(groups), _operands(groups, 5, behind=True), (WHOLE, WHOLE, COLUMNS, WHOLE)),
+        (_conv_linear(case), _operands(case, 5, behind=True), (ROWS,) * 4),
+        (_linear_conv(case), _operands(case, 5, behind=False), (ROWS,) * 4),
+        (_matrix(case, rows=(3, 9)), conv, (ROWS, ROWS)),
+        (_matrix(BY_NAME["grouped_dilated"]), None, (ROWS, ROWS)),
+        (functional.fuse_conv_conv, kernels, (ROWS,) * 4),
+    ):
+        if operands is None:
+            operands = [BY_NAME["grouped_dilated"].weight(), torch.randn(6, dtype=torch.float64)]
+        for which in (0, 1):
+            whole, sharded = leaves(operands), leaves(_sharded(operands, mesh, places))
+            call(*whole)[which].sum().backward()
+            _full(call(*sharded)[which]).sum().backward()
+            for one, want in zip(sharded, whole, strict=True):
+                if want.grad is None:
+                    assert one.grad is None or not one.grad.full_tensor().any()
+                else:
+                    torch.testing.assert_close(one.grad.full_tensor(), want.grad)
+
+
 def second_derivatives(mesh: Any) -> None:
     case = case_of("all_differ", 8)
 
-    def penalty(op: Callable[..., Any], operands: Sequence[Any], outer: Any) -> Any:
-        weight, _ = op(*operands)
+    def penalty(op: Callable[..., Any], operands: Sequence[Any]) -> Any:
         given = [each for each in operands if each is not None]
-        first = torch.autograd.grad(weight, given, outer, create_graph=True, allow_unused=True)
-        total = sum((each**2).sum() for each in first if each is not None)
-        return torch.autograd.grad(total, given, allow_unused=True)
+        value = sum((each**3).sum() for each in map(_full, op(*operands)))
+        first = torch.autograd.grad(value, given, create_graph=True)
+        total = sum((each**2).sum() for each in map(_full, first))
+        return torch.autograd.grad(total, given)
 
-    for op, behind, places, out in (
-        (_conv_linear(case), True, (WHOLE, WHOLE, ROWS, ROWS), ROWS),
-        (_conv_linear(case), True, (ROWS, ROWS, COLUMNS, WHOLE), WHOLE),
-        (_linear_conv(case), False, (COLUMNS, WHOLE, WHOLE, WHOLE), COLUMNS),
+    groups = BY_NAME["transposed_depthwise"]
+    for op, layer, behind, places in (
+        (_conv_linear, case, True, (WHOLE, WHOLE, ROWS, ROWS)),
+        (_conv_linear, case, True, (ROWS, ROWS, COLUMNS, WHOLE)),
+        (_conv_linear, groups, True, (ROWS, ROWS, COLUMNS, WHOLE)),
+        (_linear_conv, case, False, (COLUMNS, WHOLE, WHOLE, WHOLE)),
     ):
-        operands = _operands(case, 5, behind=behind)
-        whole, sharded = leaves(operands), leaves(_sharded(operands, mesh, places))
-        outer = torch.randn(op(*whole)[0].shape, dtype=torch.float64)
-        exact = penalty(op, whole, outer)
-        actual = penalty(op, sharded, shard(outer, mesh, out))
+        call, operands = op(layer), _operands(layer, 5, behind=behind)
+        exact = penalty(call, leaves(operands))
+        actual = penalty(call, leaves(_sharded(operands, mesh, places)))
         for one, want in zip(actual, exact, strict=True):
-            assert (one is None) == (want is None)
-            if one is not None:
-                torch.testing.assert_close(one.full_tensor(), want, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(one.full_tensor(), want, rtol=1e-10, atol=1e-10)
+
+
+def _full(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

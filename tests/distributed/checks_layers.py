@@ -17,7 +17,7 @@ from tolerance import assert_close
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_module
+from torch.distributed.tensor import DTensor, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -214,6 +214,10 @@ def layers_under_fsdp_and_tensor_parallelism_both(mesh: Any) -> None:
             with _raises(reason):
                 fully_shard_again(merged, plan)
             assert [id(parameter) for parameter in merged.parameters()] == before
+        try:
+            fully_shard_again(merged, style, no_such_option=1)
+        except TypeError as error:
+            assert "no_such_option" in str(error)
         again = fully_shard_again(merged, style)
         x = torch.randn(3, 60)
         for layer in (want, again):
@@ -223,6 +227,40 @@ def layers_under_fsdp_and_tensor_parallelism_both(mesh: Any) -> None:
         assert [parameter.placements for parameter in again.parameters()] == placements
         assert [parameter.requires_grad for parameter in again.parameters()] == [True, False]
         torch.testing.assert_close(_full(again.weight), want.weight)
+
+
+def plans_that_do_not_fit_are_refused(mesh: Any) -> None:
+    if mesh.size() < 4:
+        return
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    first, last = nn.Linear(6, 8), nn.Linear(8, 4)
+    parallelize_module(first, grid["tensor"], ColwiseParallel(output_layouts=WHOLE))
+    for layer in (first, last):
+        fully_shard(layer, mesh=grid["data"])
+    network = nn.Sequential(lf.fuse_linear_linear(nn.Linear(5, 6), first), nn.ReLU())
+    network.append(lf.fuse_linear_linear(last, nn.Linear(4, 4)))
+    hooks = [(len(part._forward_hooks), type(part)) for part in network.modules()]
+    right = {"0": ColwiseParallel(output_layouts=WHOLE)}
+    for plan, reason in (
+        ({}, "`plan` must have 0.weight sharded as it is"),
+        ({**right, "2": RowwiseParallel()}, "`plan` must have 2.weight sharded as it is, not at"),
+        (None, "or give the `plan` of tensor parallelism"),
+    ):
+        with _raises(reason):
+            fully_shard_again(network, plan)
+        assert [(len(part._forward_hooks), type(part)) for part in network.modules()] == hooks
+    fully_shard_again(network[2])  # which then stays as it is
+    x, want = torch.randn(3, 5), nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
+    want.load_state_dict({name: _full(each) for name, each in network.state_dict().items()})
+    torch.testing.assert_close(_full(fully_shard_again(network, right)(x)), want(x))
+    with _raises("got none in FSDPSequential; fully_shard itself does the rest"):
+        fully_shard_again(network)
+    # Rows that are cut by one axis after the other are in another order than fully_shard's.
+    linear = nn.Linear(6, 8, bias=False)
+    rows = distribute_tensor(linear.weight.detach(), grid, [ROWS, ROWS])
+    linear.weight = nn.Parameter(rows)
+    with _raises("must be sharded as fully_shard does it"):
+        fully_shard_again(linear, ColwiseParallel())
 
 
 def layers_on_different_meshes(mesh: Any) -> None:

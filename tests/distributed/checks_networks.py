@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,9 @@ def a_collapsed_network_runs_under_its_plan_again(mesh: Any) -> None:
 
 
 class Entangled(nn.Module):
-    """Layers in a list, in a dict and behind a bound method, besides being parts."""
+    """Layers in containers, in a slot and behind functions, besides being parts."""
+
+    __slots__ = ("start",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,17 +135,21 @@ class Entangled(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.hidden = nn.Linear(128, 12)
         self.last = nn.Linear(12, 8)
-        self.first_two = [self.conv, {"norm": self.norm}]
+        self.start = OrderedDict(conv=self.conv)
+        self.named = [{"norm": self.norm}]
         self.rest = (self.hidden, self.last)
-        self.end = self._end
+        self.end = functools.partial(self._end, power=1)
+        self.norm.register_forward_hook(self._hook)
         self.register_buffer("scale", torch.rand(8) + 1)
 
-    def _end(self, y: Tensor) -> Tensor:
-        return self.rest[1](torch.relu(self.rest[0](y))) * self.scale
+    def _hook(self, norm: nn.Module, inputs: object, y: Tensor) -> Tensor:
+        return y * self.scale[:, None, None]
+
+    def _end(self, y: Tensor, power: int) -> Tensor:
+        return self.rest[1](torch.relu(self.rest[0](y))) * self.scale**power
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, named = self.first_two
-        return self.end(torch.relu(named["norm"](conv(x))).flatten(1))
+        return self.end(torch.relu(self.named[0]["norm"](self.start["conv"](x))).flatten(1))
 
 
 def layers_that_are_held_twice(mesh: Any) -> None:
@@ -150,6 +158,48 @@ def layers_that_are_held_twice(mesh: Any) -> None:
     model.load_state_dict(network.state_dict())
     fully_shard(model, mesh=mesh)
     _check(model, network, x)
+
+
+class Guest(nn.Module):
+    """Reads a layer that is a part of another network."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+        self.held = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held[0](self.own(x))
+
+
+def layers_that_are_held_but_no_part(mesh: Any) -> None:
+    network, x = Guest(nn.Linear(6, 6)).eval(), torch.randn(2, 6)
+    model = copy.deepcopy(network)
+    for layer in (model.own, model.held[0]):
+        fully_shard(layer, mesh=mesh)
+    _check(model, network, x)
+
+
+class Counting(nn.Module):
+    """Merges layers behind a buffer that it writes to, which is no constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        self.register_buffer("state", torch.rand(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(self.state)
+        self.state.mul_(0.5)
+        return y.sum() + self.layers(x)
+
+
+def buffers_that_are_written(mesh: Any) -> None:
+    network, x = Counting().eval(), torch.randn(2, 6)
+    model = copy.deepcopy(network)
+    distribute_module(model, mesh)
+    _check(model, network, x)
+    assert torch.equal(_full(model.state), network.state)
 
 
 def buffers_that_are_sharded(mesh: Any) -> None:
@@ -198,5 +248,14 @@ def a_sharded_result_is_not_exported(mesh: Any) -> None:
         got.export()
     except ValueError as error:
         assert "must be a plain tensor, got a DTensor" in str(error)
+    else:
+        raise AssertionError("torch.export takes no DTensor")
+    # Nor a buffer that is one.
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(6, affine=False), nn.ReLU()).eval()
+    distribute_module(model, mesh)
+    try:
+        lf.collapse(model, torch.randn(2, 6)).export()
+    except ValueError as error:
+        assert "`1.running_mean` must be a plain tensor, got a DTensor" in str(error)
     else:
         raise AssertionError("torch.export takes no DTensor")
