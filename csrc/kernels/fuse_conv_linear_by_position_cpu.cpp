@@ -268,6 +268,7 @@ class ByPosition {
     task.linear_start = phase.place.data();
     task.linear_line = read.pitch;
     const int64_t width = segment.vectors * frame_.lanes;
+    T* const result = work_.result(image / g_.groups, group * in_channels_, slab_.in_first);
     task.kernel = phase.k.data();
     task.taps = static_cast<int64_t>(phase.k.size());
     const int64_t at_once =
@@ -288,7 +289,7 @@ class ByPosition {
         for (int64_t n = 0; c > 0 && n < channels * width; ++n) sums[n] += more[n];
       }
       for (int64_t n = 0; n < channels; ++n) {
-        T* to = work_.result(image / g_.groups, group * in_channels_ + start + n, slab_.in_first);
+        T* const to = result + (start + n) * work_.params.weight_stride.channel;
         for (size_t r = segment.first_run; r < segment.last_run; ++r) {
           write_run(frame_.runs[r], sums + n * width, to);
         }
@@ -301,7 +302,9 @@ class ByPosition {
     const int64_t step = frame_.axis[2].step * position;
     T* at = to + run.position * position;
     const A* from = sums + run.lane;
-    if (step == 1) {
+    if (step == 1 && std::is_same_v<T, A>) {
+      std::memcpy(static_cast<void*>(at), from, static_cast<size_t>(run.count) * sizeof(T));
+    } else if (step == 1) {
       std::transform(from, from + run.count, at, [](A sum) { return static_cast<T>(sum); });
     } else {
       for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);

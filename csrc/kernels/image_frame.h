@@ -201,6 +201,7 @@ struct Frame {
 
   void list_runs(const Geometry& g, const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2,
                  int64_t begin, int64_t end) {
+    const size_t first = runs.size();
     for (int64_t place = begin; place < end;) {
       const int64_t at2 = place % axis[2].pitch;
       const int64_t line = place / axis[2].pitch;
@@ -211,11 +212,23 @@ struct Frame {
         const int64_t i0 = p0.first + at0 * axis[0].step;
         const int64_t i1 = p1.first + at1 * axis[1].step;
         const int64_t i2 = p2.first + at2 * axis[2].step;
-        runs.push_back({place - begin, std::min(next - place, p2.count - at2),
-                        (i0 * g.axis[1].in + i1) * g.axis[2].in + i2});
+        append_run(first, {place - begin, std::min(next - place, p2.count - at2),
+                           (i0 * g.axis[1].in + i1) * g.axis[2].in + i2});
       }
       place = next;
     }
+  }
+
+  // Lines that follow one another without a gap are one run.
+  void append_run(size_t first, const RunOfPlaces& run) {
+    if (runs.size() > first && axis[2].step == 1) {
+      RunOfPlaces& last = runs.back();
+      if (last.lane + last.count == run.lane && last.position + last.count == run.position) {
+        last.count += run.count;
+        return;
+      }
+    }
+    runs.push_back(run);
   }
 };
 
