@@ -35,7 +35,10 @@ def check_tensor(
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}")
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+    # These classes ask a function of theirs, which takes as long as the rest of the checks.
+    if type(tensor) is not Tensor and isinstance(
+        tensor, (UninitializedParameter, UninitializedBuffer)
+    ):
         raise ValueError(
             f"{op}: `{name}` must have a shape, got a parameter of a lazy layer that has not run"
         )
