@@ -123,17 +123,16 @@ def _is_parallel(parameter: DTensor, mesh: Any) -> bool:
 def _check(name: str, parameter: DTensor, mesh: Any) -> None:
     """Accepts what fully_shard would make of it: rows, and replicas of them."""
     placements = parameter.placements
+    rows: Placement = Shard(0)
     if _is_parallel(parameter, mesh):
-        placements = placements[:-1]
+        placements, last = placements[:-1], placements[-1]
+        if last == rows:  # fully_shard cuts what tensor parallelism has cut
+            rows = _StridedShard(0, split_factor=parameter.device_mesh.size(-1))
     elif parameter.device_mesh != mesh:
         raise ValueError(
             f"{_OP}: `module` must have parameters that are DTensors of one mesh, got {name} on "
             f"{parameter.device_mesh} beside {mesh}"
         )
-    rows: Placement = Shard(0)
-    if placements != parameter.placements and parameter.placements[-1] == rows:
-        # On both axes: fully_shard cuts what tensor parallelism has cut.
-        rows = _StridedShard(0, split_factor=parameter.device_mesh.size(-1))
     if placements not in ((rows,), (Replicate(), rows)):
         raise ValueError(
             f"{_OP}: `module` must be sharded as fully_shard does it, by rows, got {name} with "

@@ -44,6 +44,11 @@ def register_own_parts() -> None:
     OWN_PARTS[_OPS.fuse_linear_conv.default] = _fuse_linear_conv
 
 
+def _ranks(mesh: Any, split: Sequence[bool]) -> int:
+    """Over how many ranks the axes of a mesh that cut something cut it."""
+    return math.prod(mesh.size(axis) for axis, cut in enumerate(split) if cut)
+
+
 def _share(size: int, mesh: Any, split: Sequence[bool]) -> tuple[int, int]:
     """This rank's [start, stop) of an axis that is cut as torch.chunk does, by each mesh axis."""
     start, stop = 0, size
@@ -78,7 +83,7 @@ def _conv_to_affine(op: Any, operands: Operands, arguments: Operands, options: A
     split = [axis_of(placement) is not None for placement in weight.placements]
     if not any(split) or options.get("rows") is not None:
         return on_whole(lambda *whole: op(*whole, *arguments, **options), *operands)
-    ranks = math.prod(mesh.size(axis) for axis, cut in enumerate(split) if cut)
+    ranks = _ranks(mesh, split)
     rows = _placed(split, 0)
     start, stop = _share(geometry.rows, mesh, split)
     sizes = (geometry.rows, geometry.cols), (geometry.rows,)
@@ -102,7 +107,11 @@ def _conv_to_affine(op: Any, operands: Operands, arguments: Operands, options: A
 
 def _follows(weight: Any, geometry: Geometry) -> bool:
     """Whether a weight is cut over its output channels wherever it is cut."""
-    return all(p in (Replicate(), Shard(out_axis(geometry))) for p in weight.placements)
+    return _cuts_only(weight, out_axis(geometry))
+
+
+def _cuts_only(weight: Any, axis: int) -> bool:
+    return all(placement in (Replicate(), Shard(axis)) for placement in weight.placements)
 
 
 def _is_cut_alike(geometry: Geometry, ranks: int, nested: bool) -> bool:
@@ -134,10 +143,9 @@ def _turned(linear: Any, away: int) -> list[Placement]:
 
 
 def _has_empty_ranks(weight: Any, axis: int) -> bool:
-    cuts = [n for n, p in enumerate(weight.placements) if axis_of(p) == axis]
-    only = all(p in (Replicate(), Shard(axis)) for p in weight.placements)
-    ranks = math.prod(weight.device_mesh.size(n) for n in cuts)
-    return only and bool(cuts) and int(weight.shape[axis]) < ranks
+    split = [axis_of(placement) == axis for placement in weight.placements]
+    ranks = _ranks(weight.device_mesh, split)
+    return _cuts_only(weight, axis) and any(split) and int(weight.shape[axis]) < ranks
 
 
 def _fuse_conv_linear(op: Any, operands: Operands, arguments: Operands, options: Any) -> Any:
@@ -149,10 +157,8 @@ def _fuse_conv_linear(op: Any, operands: Operands, arguments: Operands, options:
         return op(*operands, *arguments, **options)
     if columns and geometry.groups > 1:
         split = [axis_of(placement) == 1 for placement in linear_weight.placements]
-        ranks = math.prod(mesh.size(axis) for axis, cut in enumerate(split) if cut)
-        if tuple(linear_weight.placements) == tuple(_placed(split, 1)) and (
-            geometry.groups % ranks == 0
-        ):
+        ranks = _ranks(mesh, split)
+        if _cuts_only(linear_weight, 1) and geometry.groups % ranks == 0:
             own = (*arguments[:-1], geometry.groups // ranks)
             return _groups_of_fuse_conv_linear(op, operands, own, options, geometry, split)
     rows = _turned(linear_weight, 1)
