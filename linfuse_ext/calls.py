@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def call(
     Returns:
         What the op returns.
     """
-    return call_with(op, operands, *geometry.op_arguments, **geometry.op_keywords, **options)
+    if _is_plain_call(operands):
+        arguments, keywords = _spelled_shortly(geometry)
+        return _call_below_autograd(op, *operands, *arguments, **keywords, **options)
+    return _call(op, operands, *geometry.op_arguments, **geometry.op_keywords, **options)
 
 
 def call_with(
@@ -33,14 +37,48 @@ def call_with(
 ) -> tuple[Tensor, ...]:
     """The same with all arguments spelled out."""
     if _is_plain_call(operands):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = op(*operands, *arguments, **options)
-            return outputs
+        return _call_below_autograd(op, *operands, *arguments, **options)
+    return _call(op, operands, *arguments, **options)
+
+
+def _call(
+    op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...]
     if torch.compiler.is_compiling():
         outputs = op(*operands, *arguments, **options)
     else:
         outputs = call_sharded(op, operands, *arguments, **options)
     return outputs
+
+
+def _call_below_autograd(op: Any, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs: tuple[Tensor, ...] = op(*arguments, **options)
+        return outputs
+
+
+def _spelled_shortly(geometry: Geometry) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that stand for a geometry in a call of an op, as few and short as they can be.
+
+    torch reads lists element by element, which takes as long as the kernel of a small op.
+    """
+    try:
+        return _remembered_spelling(geometry)
+    except TypeError:  # a symbol has no hash
+        return geometry.op_arguments, geometry.op_keywords
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered_spelling(geometry: Geometry) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    *lists, groups = geometry.op_arguments
+    # One value stands for as many as there are axes.
+    arguments = [tuple(values[:1] if len(set(values)) == 1 else values) for values in lists]
+    arguments.append(groups)
+    defaults = [None, (1,), (0,), (1,), 1]
+    while arguments[-1] == defaults[len(arguments) - 1]:
+        arguments.pop()
+    return tuple(arguments), geometry.op_keywords
 
 
 def _is_plain_call(operands: tuple[Tensor | None, ...]) -> bool:

@@ -139,7 +139,8 @@ def conv_to_affine(
             check_holds_values(op, "weight", weight, "torch makes no fake tensors of this layout")
         matrix = sparse.make_matrix(weight, geometry, layout, block, index_dtype)
         return matrix, sparse.make_offset(weight, bias, geometry, block)
-    matrix, offset = call(_OPS.conv_to_affine.default, geometry, weight, bias, rows=block)
+    options = {} if block is None else {"rows": block}
+    matrix, offset = call(_OPS.conv_to_affine.default, geometry, weight, bias, **options)
     return matrix, offset
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -18,8 +18,6 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**63 - 1
-_PLAIN_TYPES = frozenset({int, bool, str})
-_INT_TYPE = frozenset({int})
 
 
 _Checks = TypeVar("_Checks", bound=Callable[..., Any])
@@ -35,13 +33,17 @@ def remembered(checks: _Checks) -> _Checks:
     @functools.wraps(checks)
     def check(*arguments: Any, **named: Any) -> Any:
         # What torch.compile traces has symbols in it, and ints that stand for symbols.
-        plain = not torch.compiler.is_compiling() and _are_plain(*arguments, *named.values())
+        plain = (
+            not torch.compiler.is_compiling()
+            and _are_plain(arguments)
+            and (not named or _are_plain(named.values()))
+        )
         return (remember if plain else checks)(*arguments, **named)
 
     return cast(_Checks, check)
 
 
-def _are_plain(*arguments: Any) -> bool:
+def _are_plain(arguments: Iterable[Any]) -> bool:
     """Whether arguments that are equal, and of equal types, are the same to every check.
 
     As 1, 1.0 and True are equal, a tuple of ints may equal one that must be refused; lists change,
@@ -50,9 +52,10 @@ def _are_plain(*arguments: Any) -> bool:
     for argument in arguments:
         kind = type(argument)
         if kind is tuple or kind is torch.Size:
-            if not _INT_TYPE.issuperset(map(type, argument)):
-                return False
-        elif kind not in _PLAIN_TYPES:
+            for item in argument:
+                if type(item) is not int:
+                    return False
+        elif kind is not int and kind is not str and kind is not bool:
             return False
     return True
 

@@ -66,7 +66,7 @@ def check_tensor(
             f"{op}: `{name}` must be on the device of the weight ({like.device}), "
             f"got {tensor.device}"
         )
-    if size is not None and not _fits(tensor, size):
+    if size is not None and tensor.shape != size and not _fits(tensor, size):
         numbers = ", ".join("F" if n is None else str(n) for n in size)
         text = f"({numbers},)" if len(size) == 1 else f"({numbers})"
         raise ValueError(f"{op}: `{name}` must have shape {text}, got {tuple(tensor.shape)}")

@@ -151,18 +151,31 @@ def _convolve(
     return images
 
 
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _widened(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Half types on the CPU as float32, for one rounding at the end.
+
+    Some of torch's routines there add up in the half type itself; which, depends on the machine.
+    """
+    if operands[0].is_cuda or operands[0].dtype not in _HALF_TYPES:
+        return operands
+    return tuple(operand.float() for operand in operands)
+
+
 def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
     """Returns `linear @ A(weight)`, `[F, cols]`, in the dtype of `linear`."""
     features = linear.shape[0]
     images = linear.reshape(features, geometry.out_channels, *geometry.output_size)
     if features == 0:
         return linear.new_empty(0, geometry.cols)
+    images, weight = _widened(images, weight)
     if geometry.transposed:
         images = _convolve(_uncrop(images, geometry), weight, geometry, transposed=False)
-        return images.reshape(features, -1)
+        return images.reshape(features, -1).to(linear.dtype)
     # Folding adds rounded values once more: half types wait until after it.
-    repeats = geometry.padding_mode != "zeros" and linear.dtype in (torch.float16, torch.bfloat16)
-    if repeats:
+    if geometry.padding_mode != "zeros" and images.dtype in _HALF_TYPES:
         images, weight = images.float(), weight.float()
     # What the last step of the stride left over at the high end of the padded input.
     left_over = [
@@ -186,11 +199,12 @@ def convolve_rows(weight: Tensor, rows: Tensor, geometry: Geometry) -> Tensor:
     if features == 0:
         return rows.new_empty(0, geometry.rows)
     images = rows.reshape(features, geometry.in_channels, *geometry.input_size)
+    images, weight = _widened(images, weight)
     if geometry.transposed:
         images = _crop(_convolve(images, weight, geometry, transposed=True), geometry)
     else:
         images = _convolve(_pad(images, geometry), weight, geometry, transposed=False)
-    return images.reshape(features, -1)
+    return images.reshape(features, -1).to(rows.dtype)
 
 
 def conv_gradient(
@@ -200,9 +214,7 @@ def conv_gradient(
     features, dtype = grad.shape[0], grad.dtype
     if features == 0:
         return grad.new_zeros(weight_size)
-    if not grad.is_cuda and dtype in (torch.float16, torch.bfloat16):
-        # Some of torch's routines add up the rows in the half type itself.
-        grad, linear = grad.float(), linear.float()
+    grad, linear = _widened(grad, linear)
     fine = grad.reshape(features, geometry.in_channels, *geometry.input_size)
     coarse = linear.reshape(features, geometry.out_channels, *geometry.output_size)
     # A transposed convolution takes grad as its input and the Linear's rows as output gradient.

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, Case
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linfuse_ext import calls, functional
+from linfuse_ext.geometry import make_geometry
+from linfuse_ext.operands import op_geometry
 
 WEIGHT, BIAS = torch.randn(4, 2, 3, 3), torch.randn(4)
 LINEAR, LINEAR_BIAS = torch.randn(5, 48), torch.randn(5)
@@ -37,6 +40,24 @@ def test_the_short_way_is_taken_and_gives_the_same(name: str, monkeypatch: Any) 
     monkeypatch.setattr(calls, "_CAN_SKIP_AUTOGRAD", False)
     assert not calls._is_plain_call((WEIGHT, None))
     torch.testing.assert_close(short, CALLS[name](WEIGHT), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_short_spelling_stands_for_the_same_geometry(case: Case) -> None:
+    geometry = case.geometry()
+    arguments, keywords = calls._spelled_shortly(geometry)
+    assert op_geometry("case", torch.Size(case.weight_size), arguments, keywords) == geometry
+    assert len(arguments) == 1 or arguments[-1] != (None, (1,), (0,), (1,), 1)[len(arguments) - 1]
+    assert all(len(values) == 1 or len(set(values)) > 1 for values in arguments[:4])
+
+
+def test_a_geometry_of_symbols_is_spelled_out() -> None:
+    class Symbol(int):
+        __hash__ = None  # type: ignore[assignment]
+
+    geometry = make_geometry("case", (4, 2, 3, 3), (6, 6))._replace(groups=Symbol(1))
+    spelling = geometry.op_arguments, geometry.op_keywords
+    assert calls._spelled_shortly(geometry) == spelling
 
 
 def test_what_comes_out_is_an_ordinary_tensor(name: str) -> None:

@@ -29,6 +29,13 @@ class PositionTaps {
   std::vector<TapGroup> groups;  // ascending position
   std::vector<int64_t> kernel;   // ascending within each group
 
+  PositionTaps() {
+    constexpr size_t kFew = 8;
+    groups.reserve(kFew);
+    kernel.reserve(kFew);
+    taps_.reserve(kFew);
+  }
+
   void list_by_row(const Geometry& g, int a, int64_t o) {
     g.transposed ? list_from_fine(g, a, o) : list_from_coarse(g, a, o);
   }
@@ -147,13 +154,19 @@ struct Range {
   int64_t last;
 };
 
-inline AxisTaps taps_by_row(const Geometry& g, int a, Range range) {
+// `taps` is scratch.
+inline AxisTaps taps_by_row(const Geometry& g, int a, Range range, PositionTaps& taps) {
   AxisTaps table;
   table.first = range.first;
   // At once: where so much cannot be had, that is known before any of it is filled.
   table.start.reserve(static_cast<size_t>(range.last - range.first) + 1);
   table.start.push_back(0);
-  PositionTaps taps;
+  // And what a small layer needs: growing step by step costs it more than the taps do.
+  constexpr int64_t kFew = 128;
+  const auto few = static_cast<size_t>(
+      std::min(kFew, std::min(kFew, range.last - range.first) * std::min(kFew, g.axis[a].kernel)));
+  table.groups.reserve(few);
+  table.kernel.reserve(few);
   for (int64_t o = range.first; o < range.last; ++o) {
     taps.list_by_row(g, a, o);
     table.append(taps);
@@ -162,7 +175,8 @@ inline AxisTaps taps_by_row(const Geometry& g, int a, Range range) {
 }
 
 inline AxisTaps taps_by_row(const Geometry& g, int a) {
-  return taps_by_row(g, a, {0, g.axis[a].out});
+  PositionTaps taps;
+  return taps_by_row(g, a, {0, g.axis[a].out}, taps);
 }
 
 }  // namespace linfuse

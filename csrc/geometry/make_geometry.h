@@ -30,7 +30,23 @@ struct ConvArguments {
 
 namespace detail {
 
-inline std::string to_text(const std::vector<int64_t>& values) {
+// One value for each axis, or two.
+class PerAxis {
+ public:
+  PerAxis(const std::vector<int64_t>& values, size_t size) : size_(size) {
+    for (size_t n = 0; n < size; ++n) at_[n] = values[values.size() == 1 ? 0 : n];
+  }
+  size_t size() const { return size_; }
+  int64_t& operator[](size_t n) { return at_[n]; }
+  int64_t operator[](size_t n) const { return at_[n]; }
+
+ private:
+  int64_t at_[2 * kAxes];
+  size_t size_;
+};
+
+template <typename Values>
+std::string to_text(const Values& values) {
   std::ostringstream text;
   text << "(";
   for (size_t n = 0; n < values.size(); ++n) text << (n == 0 ? "" : ", ") << values[n];
@@ -69,9 +85,8 @@ class Checked {
   std::string op_;
 };
 
-inline std::vector<int64_t> per_axis(const std::string& op, const char* name,
-                                     const std::vector<int64_t>& values, size_t axes,
-                                     int64_t least) {
+inline PerAxis per_axis(const std::string& op, const char* name, const std::vector<int64_t>& values,
+                        size_t axes, int64_t least) {
   if (values.size() != axes && values.size() != 1) {
     reject(op, std::string("`") + name + "` must have one value or " + std::to_string(axes) +
                    ", got " + to_text(values));
@@ -82,7 +97,7 @@ inline std::vector<int64_t> per_axis(const std::string& op, const char* name,
                      (least > 0 ? "positive" : "non-negative") + ", got " + to_text(values));
     }
   }
-  return values.size() == axes ? values : std::vector<int64_t>(axes, values[0]);
+  return PerAxis(values, axes);
 }
 
 inline PaddingMode padding_mode_from(const std::string& op, const std::string& name) {

@@ -149,7 +149,8 @@ class RowTables {
   RowTables(const Geometry& g, int64_t row_start, int64_t row_stop) {
     Range ranges[kAxes];
     positions_of_rows(g, row_start, row_stop, ranges);
-    for (int a = 0; a < kAxes; ++a) axis_[a] = taps_by_row(g, a, ranges[a]);
+    PositionTaps scratch;
+    for (int a = 0; a < kAxes; ++a) axis_[a] = taps_by_row(g, a, ranges[a], scratch);
   }
 
   RowTaps view() const {
@@ -197,8 +198,9 @@ class KernelTables {
   KernelTables(const Geometry& g, int64_t row_start, int64_t row_stop) {
     Range ranges[kAxes];
     positions_of_rows(g, row_start, row_stop, ranges);
+    PositionTaps scratch;
     for (int a = 0; a < kAxes; ++a) {
-      AxisTaps taps = taps_by_row(g, a, ranges[a]);
+      AxisTaps taps = taps_by_row(g, a, ranges[a], scratch);
       Table& table = axis_[a];
       table.first = taps.first;
       table.start.assign(static_cast<size_t>(g.axis[a].kernel) + 1, 0);

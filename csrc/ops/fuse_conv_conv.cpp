@@ -25,9 +25,9 @@ IntList read_kernels(const Tensor& first, const Tensor& second, const IntList& f
                      FuseConvConvParams& params) {
   const detail::Checked checked(kOp);
   const auto axes = static_cast<size_t>(first.dim() - 2);
-  const IntList stride = detail::per_axis(kOp, "first_stride", first_stride, axes, 1);
-  const IntList step1 = detail::per_axis(kOp, "first_dilation", first_dilation, axes, 1);
-  IntList step2 = detail::per_axis(kOp, "second_dilation", second_dilation, axes, 1);
+  const detail::PerAxis stride = detail::per_axis(kOp, "first_stride", first_stride, axes, 1);
+  const detail::PerAxis step1 = detail::per_axis(kOp, "first_dilation", first_dilation, axes, 1);
+  detail::PerAxis step2 = detail::per_axis(kOp, "second_dilation", second_dilation, axes, 1);
   IntList size;
   for (size_t n = 0; n < axes; ++n) {
     const int64_t size1 = first.size(static_cast<int64_t>(n) + 2);
