@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ from linfuse_ext import _C
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 OLD = b"as it was"
+
+
+@pytest.fixture(autouse=True)
+def signals_arrive() -> Iterator[None]:
+    """What runs in a shell's background ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(*command: str, folder: Path) -> subprocess.Popen[str]:
