@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FusionError
+from .geometry import HALF_TYPES
 from .meshes import check_rules, gathered, on_one_mesh, placed_as_layers
 from .modules import (
     _CONVOLUTIONS,
@@ -61,7 +62,7 @@ def _check_tensors(op: str, weight: Tensor, bn: Any) -> None:
     """Dtypes and devices are such that torch would run the two layers."""
     check_tensor(op, "layer.weight", weight)
     check_rules(op, "layer.weight", weight)
-    half = weight.dtype in (torch.float16, torch.bfloat16)
+    half = weight.dtype in HALF_TYPES
     dtypes = (weight.dtype, torch.float32) if half else (weight.dtype,)
     for name in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(bn, name)

@@ -26,36 +26,32 @@ def call(
     Returns:
         What the op returns.
     """
-    if _is_plain_call(operands):
-        arguments, keywords = _spelled_shortly(geometry)
-        return _call_below_autograd(op, *operands, *arguments, **keywords, **options)
-    return _call(op, operands, *geometry.op_arguments, **geometry.op_keywords, **options)
+    plain = _is_plain_call(operands)
+    arguments, keywords = (
+        _spelled_shortly(geometry) if plain else (geometry.op_arguments, geometry.op_keywords)
+    )
+    return _call(op, plain, operands, *arguments, **keywords, **options)
 
 
 def call_with(
     op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
 ) -> tuple[Tensor, ...]:
     """The same with all arguments spelled out."""
-    if _is_plain_call(operands):
-        return _call_below_autograd(op, *operands, *arguments, **options)
-    return _call(op, operands, *arguments, **options)
+    return _call(op, _is_plain_call(operands), operands, *arguments, **options)
 
 
 def _call(
-    op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
+    op: Any, plain: bool, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
 ) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...]
-    if torch.compiler.is_compiling():
+    if plain:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*operands, *arguments, **options)
+    elif torch.compiler.is_compiling():
         outputs = op(*operands, *arguments, **options)
     else:
         outputs = call_sharded(op, operands, *arguments, **options)
     return outputs
-
-
-def _call_below_autograd(op: Any, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        outputs: tuple[Tensor, ...] = op(*arguments, **options)
-        return outputs
 
 
 def _spelled_shortly(geometry: Geometry) -> tuple[tuple[Any, ...], dict[str, Any]]:

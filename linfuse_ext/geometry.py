@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 # What the kernels compute on, whatever the geometry.
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF_TYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALF_TYPES)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**63 - 1
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .composition import common_divisor, tap_spacing
-from .geometry import Geometry
+from .geometry import HALF_TYPES, Geometry
 
 
 def _tf32_is_on() -> bool:
@@ -151,17 +151,16 @@ def _convolve(
     return images
 
 
-_HALF_TYPES = (torch.float16, torch.bfloat16)
+def _widened(*operands: Tensor, added_later: bool = False) -> tuple[Tensor, ...]:
+    """Half types as float32 where rounding once at the end needs it.
 
-
-def _widened(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Half types on the CPU as float32, for one rounding at the end.
-
-    Some of torch's routines there add up in the half type itself; which, depends on the machine.
+    On the CPU some of torch's routines add up in the half type itself; which, depends on the
+    machine. Elsewhere it is needed where results are still to be added to one another.
     """
-    if operands[0].is_cuda or operands[0].dtype not in _HALF_TYPES:
-        return operands
-    return tuple(operand.float() for operand in operands)
+    half = operands[0].dtype in HALF_TYPES
+    if half and (added_later or not operands[0].is_cuda):
+        return tuple(operand.float() for operand in operands)
+    return operands
 
 
 def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
@@ -170,13 +169,11 @@ def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
     images = linear.reshape(features, geometry.out_channels, *geometry.output_size)
     if features == 0:
         return linear.new_empty(0, geometry.cols)
-    images, weight = _widened(images, weight)
+    repeats = geometry.padding_mode != "zeros"
+    images, weight = _widened(images, weight, added_later=repeats)
     if geometry.transposed:
         images = _convolve(_uncrop(images, geometry), weight, geometry, transposed=False)
         return images.reshape(features, -1).to(linear.dtype)
-    # Folding adds rounded values once more: half types wait until after it.
-    if geometry.padding_mode != "zeros" and images.dtype in _HALF_TYPES:
-        images, weight = images.float(), weight.float()
     # What the last step of the stride left over at the high end of the padded input.
     left_over = [
         (size + low + high - (k - 1) * dilation - 1) % stride
