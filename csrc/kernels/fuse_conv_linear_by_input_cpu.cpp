@@ -89,6 +89,14 @@ class ByInput {
     Element* panel;
   };
 
+  // What the taps of a segment depend on. A slab's lines stand where its number says.
+  struct Listed {
+    int64_t slab = -1;
+    int64_t segment = -1;
+    int64_t step = -1;
+    bool operator==(const Listed&) const = default;
+  };
+
   // What a thread keeps from one piece of work to the next.
   struct Worker {
     Slab slab;
@@ -96,6 +104,7 @@ class ByInput {
     std::vector<int64_t> linear_start;
     std::vector<int64_t> kernel;     // k of each tap, times Plan::kernel_step
     std::vector<int64_t> first_tap;  // of each position of a segment
+    Listed listed;                   // what these three are of
     A* piece;                        // [segment][c_in of the block][f]
   };
 
@@ -276,9 +285,12 @@ class ByInput {
   }
 
   // Where the operands of every tap of a segment begin: in the panel, and among the kernel
-  // elements.
+  // elements. Neighbouring jobs and blocks often share a segment.
   void list_taps(const Job& job, Range segment, Worker& worker) const {
     const int64_t step = plan_.lines * job.rows.width;
+    const Listed wanted = {job.slab.number, segment.first, step};
+    if (worker.listed == wanted) return;
+    worker.listed = wanted;
     worker.linear_start.clear();
     worker.kernel.clear();
     Position before = {{-1, -1, -1}};
