@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,34 @@ def test_large_results_hold_nothing_of_the_memory_before(groups: int) -> None:
                 assert torch.equal(build()[0], expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)},
+        {"padding": (0, 3, 2, 1), "groups": 2},
+        {"padding": 7},
+        {"padding": 2, "padding_mode": "circular"},
+        {"padding": (3, 1), "padding_mode": "reflect", "stride": (1, 2)},
+        {"padding": 2, "padding_mode": "replicate", "groups": 4},
+        {"transposed": True, "stride": 2, "padding": 1, "output_padding": 1},
+        {"transposed": True, "dilation": 2, "groups": 2},
+    ],
+    ids=str,
+)
+def test_rows_that_are_moved_are_those_that_are_written(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    # Only from 64 rows on are rows made by moving others of their shape.
+    groups = 1 if options.get("transposed") else options.get("groups", 1)
+    weight = torch.randn(8, 4 // groups, 3, 3).to(dtype)
+    build = partial(functional.conv_to_affine, weight, None, (9, 11), **options)
+    matrix, _ = build()
+    blocks = [build(rows=(at, min(at + 60, len(matrix))))[0] for at in range(0, len(matrix), 60)]
+    assert len(matrix) > 64 and torch.equal(matrix, torch.cat(blocks))
 
 
 def test_a_block_of_rows_costs_what_it_holds() -> None:

@@ -6,10 +6,18 @@
 // tables (stored_taps.h), one per axis, of the positions that the rows have. In every input channel
 // of a row the taps lie at the same positions, so that the innermost loop (row_taps.h) copies one
 // run of kernel elements from plane to plane.
+//
+// Where rows are short and runs many, a row is rather the last one of its shape (row_shapes.h),
+// moved: one copy of what is still in the cache.
 #include <algorithm>
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "conv_to_affine.h"
 #include "memory.h"
+#include "row_shapes.h"
 #include "row_taps.h"
 
 namespace linfuse {
@@ -31,23 +39,65 @@ class RowWriter {
         weight_step_(g_.weight_index(0, 1) - g_.weight_index(0, 0)) {}
 
   // Rows [begin, end) of the matrix, the first of which lies at `to`.
-  void write(int64_t begin, int64_t end, T* to) {
+  void write(int64_t begin, int64_t end, T* to) const {
+    std::vector<TapRun> runs;
     ClearedAhead cleared(to, to + (end - begin) * cols_);
     visit_rows(g_, begin, end, [&](int64_t weight, int64_t col, const Position& o) {
-      list_runs(taps_, o.at[2], runs_);
-      write_planes(weight_ + weight, o, to + col, cleared);
+      write_row(weight, col, o, to, runs, cleared);
       to += cols_;
-      cleared.until(to);
+    });
+  }
+
+  // The same, by moving rows.
+  void write_moved(const RowShapes& shapes, int64_t begin, int64_t end, T* to) const {
+    std::vector<TapRun> runs;
+    std::vector<Row> seen(static_cast<size_t>(shapes.count()));  // the last of each shape
+    visit_rows(g_, begin, end, [&](int64_t weight, int64_t col, const Position& o) {
+      const int64_t shape = taps_.stored.per_channel(o) == 0 ? -1 : shapes.of(o);
+      Row row = {to, weight, shape < 0 ? 0 : first_position(g_, taps_, o)};
+      Row before;
+      if (shape >= 0) before = std::exchange(seen[static_cast<size_t>(shape)], row);
+      const int64_t by = row.first - before.first;
+      if (before.weight == weight && by >= 0) {
+        copy(to, nullptr, by);
+        copy(to + by, before.at, cols_ - by);
+      } else {
+        ClearedAhead cleared(to, to + cols_);
+        write_row(weight, col, o, to, runs, cleared);
+      }
+      to += cols_;
     });
   }
 
  private:
-  void write_planes(const T* kernel, const Position& o, T* plane, ClearedAhead& cleared) const {
+  // One that was written.
+  struct Row {
+    const T* at = nullptr;
+    int64_t weight = -1;  // where its output channel begins
+    int64_t first = 0;    // the input position of its first tap
+  };
+
+  // Zeros without a source.
+  static void copy(T* to, const T* from, int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    void* const at = to;
+    from != nullptr ? std::memcpy(at, from, bytes) : std::memset(at, 0, bytes);
+  }
+
+  void write_row(int64_t weight, int64_t col, const Position& o, T* to, std::vector<TapRun>& runs,
+                 ClearedAhead& cleared) const {
+    list_runs(taps_, o.at[2], runs);
+    write_planes(weight_ + weight, o, runs, to + col, cleared);
+    cleared.until(to + cols_);
+  }
+
+  void write_planes(const T* kernel, const Position& o, const std::vector<TapRun>& runs, T* plane,
+                    ClearedAhead& cleared) const {
     for (int64_t left = in_channels_; left > 0; left -= planes_at_once_) {
       const int64_t planes = std::min(planes_at_once_, left);
       cleared.until(plane + planes * in_positions_);
       visit_runs(
-          g_, taps_, runs_, o,
+          g_, taps_, runs, o,
           [&](int64_t position, int64_t k, int64_t length) {
             copy_stepped(plane + position, in_positions_, kernel + k, weight_step_, planes, length);
           },
@@ -71,8 +121,18 @@ class RowWriter {
   const int64_t in_channels_;
   const int64_t planes_at_once_;
   const int64_t weight_step_;  // from one input channel to the next
-  std::vector<TapRun> runs_;   // of the row at hand
 };
+
+// Whether moving rows is faster than clearing memory and writing runs, each of which takes as long
+// as some bytes of a copy: in memory that the allocator has kept, and in the first-level cache.
+bool moves_rows(const Geometry& g, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kMostRowBytes = int64_t{1} << 14;
+  constexpr int64_t kRunBytes = 256;
+  constexpr int64_t kFewRows = 64;
+  const int64_t runs = g.axis[0].kernel * g.axis[1].kernel * g.in_channels_per_group();
+  return rows >= kFewRows && rows * row_bytes < kLargeBlock && row_bytes <= kMostRowBytes &&
+         row_bytes <= runs * kRunBytes;
+}
 
 template <typename T>
 void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
@@ -87,10 +147,17 @@ void run(const ConvToAffineParams& params, const ParallelFor& parallel_for) {
   const int64_t cols = g.cols();
   const int64_t out_positions = g.out_positions();
 
-  advise_huge_pages(matrix, rows * cols * static_cast<int64_t>(sizeof(T)));
+  const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
+  std::optional<RowShapes> shapes;
+  if (moves_rows(g, rows, row_bytes)) shapes.emplace(taps);
+
+  advise_huge_pages(matrix, rows * row_bytes);
+  const RowWriter<T> writer(params, taps);
   parallel_for(rows, grain_for(cols), [&](int64_t begin, int64_t end) {
-    RowWriter<T>(params, taps)
-        .write(params.row_start + begin, params.row_start + end, matrix + begin * cols);
+    const int64_t first = params.row_start + begin;
+    const int64_t last = params.row_start + end;
+    shapes ? writer.write_moved(*shapes, first, last, matrix + begin * cols)
+           : writer.write(first, last, matrix + begin * cols);
     for (int64_t n = begin; n < end; ++n) {
       offset[n] = bias != nullptr ? bias[(params.row_start + n) / out_positions] : T(0.0f);
     }

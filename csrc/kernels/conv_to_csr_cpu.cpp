@@ -6,96 +6,26 @@
 // kernel elements (row_taps.h) is written for all input channels, in which it lies at the same
 // place.
 //
-//   shape  of a row: which taps it has, and where, from its first on
-//
-// Most rows have the shape of one not far before: all but those at the rim. Its columns are those
-// of that row, moved, and its values those of that row, if the output channel is the same. A copy
-// of what still lies in the cache is as fast as writing.
+// Most rows have the shape (row_shapes.h) of one not far before. Its columns are those of that row,
+// moved, and its values those of that row, if the output channel is the same. A copy of what still
+// lies in the cache is as fast as writing.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "conv_to_csr.h"
 #include "memory.h"
+#include "row_shapes.h"
 #include "row_taps.h"
 #include "simd_kernels.h"
 
 namespace linfuse {
 namespace {
 
-// What the output positions of an axis have in common.
-class AxisShapes {
- public:
-  AxisShapes() = default;
-  AxisShapes(const RowTaps& taps, int a) : taps_(&taps), a_(a) {
-    first_ = taps.stored.first[a];
-    shape_.reserve(static_cast<size_t>(taps.stored.held[a]));
-    std::vector<int64_t> example;  // a position of each shape
-    for (int64_t o = first_; o < first_ + taps.stored.held[a]; ++o) {
-      // The same as just before, nearly always.
-      auto found = std::find_if(example.rbegin(), example.rend(),
-                                [&](int64_t other) { return same(o, other); });
-      auto shape = static_cast<int8_t>(example.rend() - found) - 1;
-      if (found == example.rend() && count_ < kMost) {
-        shape = count_++;
-        example.push_back(o);
-      }
-      shape_.push_back(static_cast<int8_t>(shape));
-    }
-  }
-
-  int64_t count() const { return count_; }
-  // -1 for those that are too many to be told apart.
-  int64_t operator[](int64_t o) const { return shape_[static_cast<size_t>(o - first_)]; }
-
- private:
-  static constexpr int kMost = 16;
-
-  bool same(int64_t one, int64_t other) const {
-    const TapGroup* left = taps_->begin(a_, one);
-    const TapGroup* right = taps_->begin(a_, other);
-    const int64_t groups = taps_->end(a_, one) - left;
-    if (groups != taps_->end(a_, other) - right) return false;
-    for (int64_t n = 0; n < groups; ++n) {
-      const int64_t taps = left[n].last - left[n].first;
-      if (left[n].position - left[0].position != right[n].position - right[0].position ||
-          taps != right[n].last - right[n].first ||
-          !std::equal(taps_->kernel[a_] + left[n].first, taps_->kernel[a_] + left[n].last,
-                      taps_->kernel[a_] + right[n].first)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  const RowTaps* taps_ = nullptr;
-  int a_ = 0;
-  int count_ = 0;
-  int64_t first_ = 0;
-  std::vector<int8_t> shape_;
-};
-
-struct Shapes {
-  AxisShapes axis[kAxes];
-
-  explicit Shapes(const RowTaps& taps) {
-    for (int a = 0; a < kAxes; ++a) axis[a] = AxisShapes(taps, a);
-  }
-
-  int64_t count() const { return axis[0].count() * axis[1].count() * axis[2].count(); }
-  int64_t of(const Position& o) const {
-    const int64_t shape0 = axis[0][o.at[0]];
-    const int64_t shape1 = axis[1][o.at[1]];
-    const int64_t shape2 = axis[2][o.at[2]];
-    if (shape0 < 0 || shape1 < 0 || shape2 < 0) return -1;
-    return (shape0 * axis[1].count() + shape1) * axis[2].count() + shape2;
-  }
-};
-
 template <typename T, typename Index>
 class RowWriter {
  public:
-  RowWriter(const ConvToCsrParams& params, const Shapes& shapes)
+  RowWriter(const ConvToCsrParams& params, const RowShapes& shapes)
       : g_(params.geometry),
         taps_(params.taps),
         shapes_(shapes),
@@ -114,7 +44,7 @@ class RowWriter {
       const int64_t count = per_channel * in_channels_;
       *row_pointers++ = static_cast<Index>(at);
       if (count == 0) return;
-      const int64_t first_col = col + first_position(o);
+      const int64_t first_col = col + first_position(g_, taps_, o);
       const int64_t shape = shapes_.of(o);
       const Row before = shape < 0 ? Row{} : seen_[static_cast<size_t>(shape)];
       if (shape >= 0) seen_[static_cast<size_t>(shape)] = {at, first_col, weight};
@@ -142,13 +72,6 @@ class RowWriter {
     int64_t first_col = 0;
     int64_t weight = -1;  // where its output channel begins
   };
-
-  // The input position of a row's first tap.
-  int64_t first_position(const Position& o) const {
-    return (taps_.begin(0, o.at[0])->position * g_.axis[1].in + taps_.begin(1, o.at[1])->position) *
-               g_.axis[2].in +
-           taps_.begin(2, o.at[2])->position;
-  }
 
   // All values of a row, and the columns of its first input channel unless they are null.
   void write_row(const T* kernel, int64_t first_col, const Position& o, int64_t per_channel,
@@ -185,7 +108,7 @@ class RowWriter {
 
   const Geometry& g_;
   const RowTaps& taps_;
-  const Shapes& shapes_;
+  const RowShapes& shapes_;
   const MoveSet<Index>& moves_;
   std::vector<Row> seen_;  // the last of each shape
   const T* weight_;
@@ -205,7 +128,7 @@ void run(const ConvToCsrParams& params, const ParallelFor& parallel_for) {
 
   advise_huge_pages(values, params.stored * static_cast<int64_t>(sizeof(T)));
   advise_huge_pages(columns, params.stored * static_cast<int64_t>(sizeof(Index)));
-  const Shapes shapes(params.taps);
+  const RowShapes shapes(params.taps);
   parallel_for(rows, grain_for(params.stored / (rows + 1) + 1), [&](int64_t begin, int64_t end) {
     const int64_t row = params.row_start + begin;
     const int64_t at = params.taps.stored.between(g, params.row_start, row);
