@@ -10,9 +10,7 @@
 // Where rows are short and runs many, a row is rather the last one of its shape (row_shapes.h),
 // moved: one copy of what is still in the cache.
 #include <algorithm>
-#include <cstring>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "conv_to_affine.h"
@@ -49,41 +47,31 @@ class RowWriter {
   }
 
   // The same, by moving rows.
-  void write_moved(const RowShapes& shapes, int64_t begin, int64_t end, T* to) const {
+  void write_moved(const RowShapes& shapes, int64_t begin, int64_t end, T* matrix) const {
     std::vector<TapRun> runs;
-    std::vector<Row> seen(static_cast<size_t>(shapes.count()));  // the last of each shape
+    LastRows last(shapes);
+    int64_t at = 0;
     visit_rows(g_, begin, end, [&](int64_t weight, int64_t col, const Position& o) {
-      const int64_t shape = taps_.stored.per_channel(o) == 0 ? -1 : shapes.of(o);
-      Row row = {to, weight, shape < 0 ? 0 : first_position(g_, taps_, o)};
-      Row before;
-      if (shape >= 0) before = std::exchange(seen[static_cast<size_t>(shape)], row);
-      const int64_t by = row.first - before.first;
+      T* const to = matrix + at;
+      LastRows::Row row = {at, weight, 0};
+      LastRows::Row before;
+      if (taps_.stored.per_channel(o) > 0) {
+        row.col = col + first_position(g_, taps_, o);
+        before = last.exchange(o, row);
+      }
+      const int64_t by = row.col - before.col;
       if (before.weight == weight && by >= 0) {
-        copy(to, nullptr, by);
-        copy(to + by, before.at, cols_ - by);
+        std::fill(to, to + by, T(0.0f));
+        std::copy(matrix + before.at, matrix + before.at + cols_ - by, to + by);
       } else {
         ClearedAhead cleared(to, to + cols_);
         write_row(weight, col, o, to, runs, cleared);
       }
-      to += cols_;
+      at += cols_;
     });
   }
 
  private:
-  // One that was written.
-  struct Row {
-    const T* at = nullptr;
-    int64_t weight = -1;  // where its output channel begins
-    int64_t first = 0;    // the input position of its first tap
-  };
-
-  // Zeros without a source.
-  static void copy(T* to, const T* from, int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    void* const at = to;
-    from != nullptr ? std::memcpy(at, from, bytes) : std::memset(at, 0, bytes);
-  }
-
   void write_row(int64_t weight, int64_t col, const Position& o, T* to, std::vector<TapRun>& runs,
                  ClearedAhead& cleared) const {
     list_runs(taps_, o.at[2], runs);

@@ -28,9 +28,8 @@ class RowWriter {
   RowWriter(const ConvToCsrParams& params, const RowShapes& shapes)
       : g_(params.geometry),
         taps_(params.taps),
-        shapes_(shapes),
         moves_(simd_kernels(simd_level())),
-        seen_(static_cast<size_t>(shapes.count())),
+        last_(shapes),
         weight_(static_cast<const T*>(params.weight)),
         in_positions_(g_.in_positions()),
         in_channels_(g_.in_channels_per_group()),
@@ -44,12 +43,10 @@ class RowWriter {
       const int64_t count = per_channel * in_channels_;
       *row_pointers++ = static_cast<Index>(at);
       if (count == 0) return;
-      const int64_t first_col = col + first_position(g_, taps_, o);
-      const int64_t shape = shapes_.of(o);
-      const Row before = shape < 0 ? Row{} : seen_[static_cast<size_t>(shape)];
-      if (shape >= 0) seen_[static_cast<size_t>(shape)] = {at, first_col, weight};
+      const LastRows::Row row = {at, weight, col + first_position(g_, taps_, o)};
+      const LastRows::Row before = last_.exchange(o, row);
       if (before.at >= 0) {
-        moves_.move(columns + before.at, static_cast<Index>(first_col - before.first_col), count,
+        moves_.move(columns + before.at, static_cast<Index>(row.col - before.col), count,
                     columns + at);
       }
       if (before.weight == weight) {
@@ -66,13 +63,6 @@ class RowWriter {
   }
 
  private:
-  // One that was written.
-  struct Row {
-    int64_t at = -1;
-    int64_t first_col = 0;
-    int64_t weight = -1;  // where its output channel begins
-  };
-
   // All values of a row, and the columns of its first input channel unless they are null.
   void write_row(const T* kernel, int64_t first_col, const Position& o, int64_t per_channel,
                  T* values, Index* columns) const {
@@ -108,9 +98,8 @@ class RowWriter {
 
   const Geometry& g_;
   const RowTaps& taps_;
-  const RowShapes& shapes_;
   const MoveSet<Index>& moves_;
-  std::vector<Row> seen_;  // the last of each shape
+  LastRows last_;
   const T* weight_;
   const int64_t in_positions_;
   const int64_t in_channels_;

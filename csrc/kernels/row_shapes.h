@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "row_taps.h"
@@ -89,5 +90,28 @@ inline int64_t first_position(const Geometry& g, const RowTaps& taps, const Posi
              g.axis[2].in +
          taps.begin(2, o.at[2])->position;
 }
+
+// The last row of each shape, for a writer that goes through rows.
+class LastRows {
+ public:
+  struct Row {
+    int64_t at = -1;      // where it was written; -1 for none
+    int64_t weight = -1;  // where its output channel begins
+    int64_t col = 0;      // of its first tap
+  };
+
+  explicit LastRows(const RowShapes& shapes)
+      : shapes_(shapes), rows_(static_cast<size_t>(shapes.count())) {}
+
+  // The one of the shape that the row of o has, in whose place it is from now on.
+  Row exchange(const Position& o, const Row& row) {
+    const int64_t shape = shapes_.of(o);
+    return shape < 0 ? Row{} : std::exchange(rows_[static_cast<size_t>(shape)], row);
+  }
+
+ private:
+  const RowShapes& shapes_;
+  std::vector<Row> rows_;
+};
 
 }  // namespace linfuse
