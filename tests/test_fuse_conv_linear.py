@@ -160,6 +160,20 @@ CUTS = {
     "by position, many rows, transposed": (
         33, (3, 5, 1, 3), (9, 50), {"transposed": True, "padding": (0, 1)},
     ),
+    "by columns": (33, (40, 1, 10), (163,), {"stride": 5}),
+    "by columns, chunks": (17, (200, 1, 3, 3), (57, 59), {"stride": 2, "padding": 1}),
+    "by columns, segments, groups": (
+        9, (64, 2, 3, 2), (31, 33), {"groups": 4, "stride": (3, 1), "padding": 2},
+    ),
+    "by columns, that wrap": (
+        20, (24, 1, 5, 5), (23, 20), {"stride": 2, "padding": 2, "padding_mode": "circular"},
+    ),
+    "by columns, that turn back": (
+        20, (24, 2, 3, 4), (13, 21), {"stride": (2, 1), "padding": 1, "padding_mode": "reflect"},
+    ),
+    "by columns, three axes": (
+        16, (30, 3, 2, 1, 2), (9, 6, 12), {"stride": (2, 1, 3), "padding": (1, 0, 2)},
+    ),
     "pointwise": (33, (20, 30, 1, 1), (9, 11), {}),
     "pointwise, one row": (1, (64, 20, 1, 1), (40, 41), {}),
     "pointwise, few positions": (70, (24, 13, 1), (16,), {}),
@@ -335,6 +349,18 @@ def test_bits_do_not_depend_on_where_the_linear_lies(channels: int, size: tuple[
     one = functional.fuse_conv_linear(weight, conv_bias, linear, None, size)
     other = functional.fuse_conv_linear(weight, conv_bias, linear.T.contiguous().T, None, size)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_rows_of_the_linear_may_lie_anywhere() -> None:
+    """With gaps between them, the last one at the end of its memory, and all of them in one place."""
+    weight, conv_bias = torch.randn(16, 1, 9), torch.randn(16)
+    wide = torch.randn(20, 3 + 16 * 31)
+    for linear in (wide[:, 3:], wide[7:8, 3:].expand(20, -1)):
+        fused = functional.fuse_conv_linear(weight, conv_bias, linear, None, 129, stride=4)
+        plain = functional.fuse_conv_linear(
+            weight, conv_bias, linear.contiguous(), None, 129, stride=4
+        )
+        assert all(torch.equal(one, other) for one, other in zip(fused, plain, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=names)

@@ -47,7 +47,6 @@ struct Plan {
   Panels panels;
   Slabs slabs;
 
-  int64_t block_start(int64_t block) const { return block * taps / blocks; }
   int64_t most_in_block() const { return divide_up(taps, blocks); }
 };
 
@@ -113,7 +112,7 @@ class ByOutput {
   }
 
   void run() {
-    pack_weight();
+    pack_taps(work_, plan_.blocks, weight_);
     const int64_t cost = plan_.taps * plan_.out_channels * g_.out_positions() *
                          plan_.panels.most_width() / plan_.slabs.count;
     work_.share(jobs(), cost, threads_, [&](int64_t thread, int64_t number) {
@@ -139,28 +138,6 @@ class ByOutput {
   // Jobs are counted as [slab][panel][group], so that neighbours read neighbouring memory.
   int64_t jobs() const { return plan_.slabs.count * plan_.panels.count * g_.groups; }
   int64_t panel_of(int64_t job) const { return job / g_.groups % plan_.panels.count; }
-
-  // Weights of each group as [block][c_out][(k, c_in) of the block].
-  void pack_weight() const {
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    // From the first weight of an output channel to that of each (k, c_in).
-    std::vector<int64_t> place;
-    for (int64_t k = 0; k < g_.kernel_positions(); ++k) {
-      for (int64_t c = 0; c < plan_.in_channels; ++c) place.push_back(c * g_.weight_step_in() + k);
-    }
-    const int64_t cost = plan_.taps * plan_.out_channels;
-    for_each(work_.parallel_for, g_.groups, cost, [&](int64_t group) {
-      A* packed = weight_ + group * plan_.taps * plan_.out_channels;
-      for (int64_t block = 0; block < plan_.blocks; ++block) {
-        for (int64_t c = 0; c < plan_.out_channels; ++c) {
-          const T* from = weight + g_.weight_index(group * plan_.out_channels + c, 0);
-          for (int64_t n = plan_.block_start(block); n < plan_.block_start(block + 1); ++n) {
-            *packed++ = static_cast<A>(from[place[static_cast<size_t>(n)]]);
-          }
-        }
-      }
-    });
-  }
 
   void do_job(Worker& worker, int64_t number) {
     const int64_t group = number % g_.groups;
@@ -237,9 +214,9 @@ class ByOutput {
     task.channels = channels.last - channels.first;
     const A* weight = weight_ + group * plan_.taps * plan_.out_channels;
     for (int64_t block = 0; block < plan_.blocks; ++block) {
-      const int64_t first = plan_.block_start(block);
-      const int64_t size = plan_.block_start(block + 1) - first;
-      A* const* targets = worker.target.data() + first;
+      const Range taps = taps_of_block(plan_.taps, plan_.blocks, block);
+      const int64_t size = taps.last - taps.first;
+      A* const* targets = worker.target.data() + taps.first;
       if (std::any_of(targets, targets + size, [](const A* to) { return to != nullptr; })) {
         task.weight = weight + channels.first * size;
         task.weight_line = size;

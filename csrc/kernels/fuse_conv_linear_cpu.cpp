@@ -1,5 +1,6 @@
-// Which of the three ways a layer goes.
+// Which of the four ways a layer goes.
 #include "fuse_conv_linear.h"
+#include "fuse_conv_linear_by_columns.h"
 #include "fuse_conv_linear_by_input.h"
 #include "fuse_conv_linear_by_output.h"
 #include "fuse_conv_linear_by_position.h"
@@ -11,6 +12,8 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
   if (params.features == 0) return;
   if (fits_by_position(params)) {
     fuse_conv_linear_by_position(params, parallel_for, allocate);
+  } else if (fits_by_columns(params)) {
+    fuse_conv_linear_by_columns(params, parallel_for, allocate);
   } else if (fits_by_output(params)) {
     fuse_conv_linear_by_output(params, parallel_for, allocate);
   } else {

@@ -70,6 +70,40 @@ void pack_channels(const Work<T>& work, int64_t c_out, Range some, int64_t c_in,
   }
 }
 
+// Of `taps` pairs (k, c_in) of a group, cut into blocks of about the same size: those of one block.
+inline Range taps_of_block(int64_t taps, int64_t blocks, int64_t block) {
+  return {block * taps / blocks, (block + 1) * taps / blocks};
+}
+
+// The weights of each group as [block][c_out][(k, c_in) of the block].
+template <typename T>
+void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
+  using A = Accumulate<T>;
+  const Geometry& g = work.g;
+  const T* weight = static_cast<const T*>(work.params.conv_weight);
+  const int64_t out_channels = g.out_channels_per_group();
+  // From the first weight of an output channel to that of each (k, c_in).
+  std::vector<int64_t> place;
+  for (int64_t k = 0; k < g.kernel_positions(); ++k) {
+    for (int64_t c = 0; c < g.in_channels_per_group(); ++c) {
+      place.push_back(c * g.weight_step_in() + k);
+    }
+  }
+  const auto taps = static_cast<int64_t>(place.size());
+  for_each(work.parallel_for, g.groups, taps * out_channels, [&](int64_t group) {
+    A* packed = to + group * taps * out_channels;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range some = taps_of_block(taps, blocks, block);
+      for (int64_t c = 0; c < out_channels; ++c) {
+        const T* from = weight + g.weight_index(group * out_channels + c, 0);
+        for (int64_t n = some.first; n < some.last; ++n) {
+          *packed++ = static_cast<A>(from[place[static_cast<size_t>(n)]]);
+        }
+      }
+    }
+  });
+}
+
 // Of packing those of a block: enough for the threads there are, where blocks are few.
 inline int64_t tasks_of_weight(const Geometry& g) {
   constexpr int64_t kLeastChannels = 16;

@@ -4,8 +4,10 @@
 #include "amx.h"
 #include "simd.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,6 +16,12 @@ namespace linfuse {
 namespace {
 
 #if defined(__x86_64__)
+// Not a name that every compiler knows.
+bool f16c_available() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & 1u << 29) != 0;
+}
+
 // Whether the compiler, the processor and the system have what amx.h needs. The state of the tiles
 // is large, so Linux wants to be asked for it; what it grants holds for all threads of the process.
 bool amx_available() {
@@ -63,7 +71,7 @@ std::vector<SimdLevel> simd_levels_available() {
   std::vector<SimdLevel> levels = {SimdLevel::kBaseline};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c_available()) {
     levels.push_back(SimdLevel::kAvx2);
     if (__builtin_cpu_supports("avx512f")) {
       levels.push_back(SimdLevel::kAvx512);

@@ -2,24 +2,24 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "simd_kernels.h"
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace linfuse {
 namespace {
 
+#define LINFUSE_F16C
 constexpr int kVectorBytes = 32;
 constexpr int kRegisters = 12;
 #include "simd_kernels.inl"

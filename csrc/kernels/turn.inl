@@ -54,20 +54,30 @@ inline __attribute__((always_inline)) void store_line(T* to,
   }
 }
 
-#if defined(LINFUSE_AVX512)
+#if defined(LINFUSE_AVX512) || defined(LINFUSE_F16C)
 // One instruction, where the compiler sees shifts and cases.
 template <>
 inline __attribute__((always_inline)) Block<float>::Vector load_line<Float16, float>(
     const Float16* from) {
+#if defined(LINFUSE_AVX512)
   return (Block<float>::Vector)_mm512_cvtph_ps(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return (Block<float>::Vector)_mm256_cvtph_ps(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
 }
 
 template <>
 inline __attribute__((always_inline)) void store_line<Float16, float>(
     Float16* to, const Block<float>::Vector& line) {
+#if defined(LINFUSE_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm512_cvtps_ph((__m512)line, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)line, _MM_FROUND_TO_NEAREST_INT));
+#endif
 }
 #endif
 
