@@ -352,7 +352,7 @@ def test_bits_do_not_depend_on_where_the_linear_lies(channels: int, size: tuple[
 
 
 def test_rows_of_the_linear_may_lie_anywhere() -> None:
-    """With gaps between them, the last one at the end of its memory, and all of them in one place."""
+    """With gaps between them, the last one at the end of its memory; and all in one place."""
     weight, conv_bias = torch.randn(16, 1, 9), torch.randn(16)
     wide = torch.randn(20, 3 + 16 * 31)
     for linear in (wide[:, 3:], wide[7:8, 3:].expand(20, -1)):

@@ -6,7 +6,8 @@
 
 namespace linfuse {
 
-// Only for a Linear whose images have no gaps between positions.
+// Only for a Linear whose images have no gaps between positions, so that the last bits may depend
+// on where it lies.
 bool fits_by_columns(const FuseConvLinearParams& params);
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,

@@ -26,8 +26,9 @@ constexpr int64_t kMostTaps = 25;
 constexpr int64_t kLeastOutChannels = 16;
 // Images, that threads share.
 constexpr int64_t kLeastImages = 16;
-// Of the columns, and of the images that they are added to.
+// Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
+constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
 // Of a chunk; and of all channels, if that is not too many: each adds to the same sums, which loses
 // digits.
@@ -87,7 +88,7 @@ class ByColumns {
     const int64_t tile = aligned(plan_.taps * plan_.width * kSize);
     const int64_t own_bytes = columns + result + chunk + tile;
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
-    const int64_t bias_bytes = aligned(g_.out_channels * kSize);
+    const int64_t bias_bytes = params.conv_bias == nullptr ? 0 : aligned(g_.out_channels * kSize);
     weight_ = reinterpret_cast<A*>(allocate(weight_bytes + bias_bytes + threads_ * own_bytes));
     bias_ = reinterpret_cast<A*>(reinterpret_cast<char*>(weight_) + weight_bytes);
     workers_.resize(static_cast<size_t>(threads_));
@@ -164,7 +165,7 @@ class ByColumns {
     for (int64_t o2 = 0; o2 < g_.axis[2].out; ++o2) {
       const int64_t i2 = g_.fine_position(2, o2, k2);
       goes_on = goes_on && i2 >= 0 &&
-                i_line + i2 == runs_.back().i + runs_.back().count * g_.axis[2].stride;
+                i_line + i2 - runs_.back().i == runs_.back().count * g_.axis[2].stride;
       if (goes_on) {
         ++runs_.back().count;
       } else if (i2 >= 0) {
@@ -248,8 +249,10 @@ class ByColumns {
       const T* const last = from + (count - 1) * pitch;
       if (last + plan_.pitch <= end_of_linear()) {
         constexpr int64_t kLine = 64 / sizeof(T);
-        for (const T* at = from; at < last + g_.out_positions(); at += kLine) {
-          (void)*static_cast<const volatile T*>(at);
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t n = 0; n < g_.out_positions(); n += kLine) {
+            (void)*static_cast<const volatile T*>(from + c * pitch + n);
+          }
         }
         return {from, pitch};
       }
@@ -315,7 +318,9 @@ bool fits(const FuseConvLinearParams& params) {
   constexpr int64_t kSize = sizeof(A);
   const Geometry& g = params.geometry;
   const ColumnsPlan<A> plan(g, simd_kernels(simd_level()));
-  return plan.taps * plan.pitch * kSize <= kMostBytes &&
+  return plan.taps * g.out_channels * kSize <= kMostWeightBytes &&
+         plan.chunk_channels * plan.chunk_pitch * kSize <= kMostBytes &&
+         plan.taps * plan.pitch * kSize <= kMostBytes &&
          g.in_channels_per_group() * g.in_positions() * kSize <= kMostBytes &&
          static_cast<double>(g.out_positions()) >= kLeastFilled * static_cast<double>(plan.pitch);
 }
