@@ -17,6 +17,7 @@
 
 #include "fuse_conv_linear_by_columns.h"
 #include "fuse_conv_linear_engines.h"
+#include "widen.h"
 
 namespace linfuse {
 namespace {
@@ -28,13 +29,7 @@ constexpr int64_t kLeastOutChannels = 16;
 constexpr int64_t kLeastImages = 16;
 // Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
-constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
-// Of a chunk; and of all channels, if that is not too many: each adds to the same sums, which loses
-// digits.
-constexpr int64_t kLeastChunkChannels = 16;
-constexpr int64_t kMostChannelChunks = 32;
-constexpr int64_t kManyChannels = 128;
 // Of all lanes, that hold a position.
 constexpr double kLeastFilled = 0.75;
 
@@ -61,10 +56,8 @@ struct ColumnsPlan {
     // An odd number of lines of memory, for the channels to lie in different sets of a cache.
     chunk_pitch = (divide_up(pitch, kLine) | 1) * kLine;
     const int64_t channels = g.out_channels_per_group();
-    const int64_t least =
-        std::clamp(divide_up(channels, kMostChannelChunks), kLeastChunkChannels, kManyChannels);
-    chunk_channels =
-        std::clamp(kChunkBytes / (chunk_pitch * static_cast<int64_t>(sizeof(A))), least, channels);
+    chunk_channels = std::clamp(kChunkBytes / (chunk_pitch * static_cast<int64_t>(sizeof(A))),
+                                channels_of_chunk(channels, 0), channels);
   }
 };
 
@@ -88,11 +81,12 @@ class ByColumns {
     const int64_t tile = aligned(plan_.taps * plan_.width * kSize);
     const int64_t own_bytes = columns + result + chunk + tile;
     threads_ = std::clamp<int64_t>(kMostScratchBytes / own_bytes, 1, params.threads);
-    const int64_t bias_bytes = params.conv_bias == nullptr ? 0 : aligned(g_.out_channels * kSize);
-    weight_ = reinterpret_cast<A*>(allocate(weight_bytes + bias_bytes + threads_ * own_bytes));
-    bias_ = reinterpret_cast<A*>(reinterpret_cast<char*>(weight_) + weight_bytes);
+    weight_ = reinterpret_cast<A*>(allocate(weight_bytes + threads_ * own_bytes));
+    if (const T* conv_bias = static_cast<const T*>(params.conv_bias)) {
+      bias_ = widen<A>(conv_bias, g_.out_channels, parallel_for, allocate);
+    }
     workers_.resize(static_cast<size_t>(threads_));
-    char* own = reinterpret_cast<char*>(bias_) + bias_bytes;
+    char* own = reinterpret_cast<char*>(weight_) + weight_bytes;
     for (Worker& worker : workers_) {
       worker.columns = reinterpret_cast<A*>(own);
       worker.result = reinterpret_cast<A*>(own + columns);
@@ -107,9 +101,6 @@ class ByColumns {
 
   void run() {
     pack_taps(work_, plan_.blocks, weight_);
-    if (const T* conv_bias = static_cast<const T*>(work_.params.conv_bias)) {
-      for (int64_t c = 0; c < g_.out_channels; ++c) bias_[c] = static_cast<A>(conv_bias[c]);
-    }
     const int64_t cost = plan_.taps * out_channels_ * g_.out_positions();
     work_.share(images(), cost, threads_, [&](int64_t thread, int64_t image) {
       make_image(workers_[static_cast<size_t>(thread)], image);
@@ -306,7 +297,7 @@ class ByColumns {
   const int64_t in_channels_;
   const ColumnsPlan<A> plan_;
   A* weight_ = nullptr;
-  A* bias_ = nullptr;  // conv_bias, if there is one
+  const A* bias_ = nullptr;  // conv_bias, if there is one
   int64_t threads_ = 1;
   std::vector<Worker> workers_;
   std::vector<Run> runs_;

@@ -28,13 +28,6 @@ constexpr int64_t kLeastOutChannels = 16;
 
 constexpr int64_t kResultBytes = int64_t{2} << 20;
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
-// Of a chunk. Few make for long runs of memory, which matter where there is little else to do; many
-// for few additions, which matter where there are many taps.
-constexpr int64_t kLeastChunkChannels = 16;
-constexpr int64_t kMostChunkChannels = 128;
-// Of all channels, where that is possible: each adds to the same sums, which loses digits.
-constexpr int64_t kMostChannelChunks = 32;
-constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kWantedJobs = 8;
 
 struct Plan {
@@ -66,9 +59,10 @@ Plan make_plan(const Geometry& g, int64_t features, const TileSet<A>& tiles) {
   const int64_t count = std::max(divide_up(g.axis[plan.slabs.axis].in, lines),
                                  divide_up(kWantedJobs, plan.panels.count * g.groups));
   cut_slabs(g, count, INT64_MAX, 1, plan.slabs);
-  const int64_t wanted = std::max(plan.taps, divide_up(plan.out_channels, kMostChannelChunks));
+  // Few make for long runs of memory, which matter where there is little else to do; many for few
+  // additions, which matter where there are many taps.
   plan.chunk_channels =
-      std::min(plan.out_channels, std::clamp(wanted, kLeastChunkChannels, kMostChunkChannels));
+      std::min(plan.out_channels, channels_of_chunk(plan.out_channels, plan.taps));
   const int64_t position_bytes = plan.chunk_channels * plan.panels.most_width() * kSize;
   plan.chunk_positions = std::min(g.out_positions(), kChunkBytes / position_bytes);
   return plan;

@@ -24,7 +24,6 @@ namespace {
 // Two thirds of the second-level cache of a current server, and how many keep a thread busy.
 constexpr int64_t kOwnImageBytes = int64_t{11} << 17;
 constexpr int64_t kLeastImages = 3;
-constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 constexpr int64_t kUnitsPerThread = 8;
 // About half of a core's first-level cache.
 constexpr int64_t kCacheBytes = int64_t{24} << 10;

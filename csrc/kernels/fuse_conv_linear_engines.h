@@ -70,6 +70,15 @@ void pack_channels(const Work<T>& work, int64_t c_out, Range some, int64_t c_in,
   }
 }
 
+// Output channels of which each sum is made at a time, as the next ones are added to it: `wanted`
+// of them, but not so few that there are very many additions, each of which loses digits.
+inline int64_t channels_of_chunk(int64_t out_channels, int64_t wanted) {
+  constexpr int64_t kLeast = 16;
+  constexpr int64_t kMost = 128;
+  constexpr int64_t kMostChunks = 32;
+  return std::clamp(std::max(wanted, divide_up(out_channels, kMostChunks)), kLeast, kMost);
+}
+
 // Of `taps` pairs (k, c_in) of a group, cut into blocks of about the same size: those of one block.
 inline Range taps_of_block(int64_t taps, int64_t blocks, int64_t block) {
   return {block * taps / blocks, (block + 1) * taps / blocks};

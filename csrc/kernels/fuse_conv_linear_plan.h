@@ -26,7 +26,6 @@ struct Plan {
   static constexpr int64_t kLeastPositions = 64;
   // Small enough for allocators to keep: fresh pages cost more than what they hold.
   static constexpr int64_t kMostPanelBytes = int64_t{16} << 20;
-  static constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
 
   int64_t in_channels;  // of a group
   int64_t lines;        // of one output position of a group
@@ -115,7 +114,7 @@ inline Plan make_plan(const Geometry& g, int64_t features, int64_t result_bytes,
   plan.groups = g.groups;
   plan.blocks_per_group = shape.blocks;
   plan.batch =
-      std::clamp<int64_t>(Plan::kMostWeightBytes / (plan.block_weights() * size), 1, plan.blocks());
+      std::clamp<int64_t>(kMostWeightBytes / (plan.block_weights() * size), 1, plan.blocks());
 
   // As many vectors as the engine takes, but no panel too large.
   int64_t most_vectors = shape.most_vectors;

@@ -23,6 +23,9 @@ inline int64_t aligned(int64_t bytes) {
 // Bounds what threads hold of their own: beyond it fewer of them work.
 constexpr int64_t kMostScratchBytes = int64_t{32} << 20;
 
+// The same for the packed weights that all of them share.
+constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
+
 // Rows f of the Linear, in whole vectors; or, where lanes are not theirs, in a power of two.
 struct Rows {
   int64_t first;
