@@ -6,6 +6,7 @@ everyone, and the ratios stay true.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import time
@@ -25,8 +26,9 @@ _LEAST_ROUNDS = ((0.3, 7), (1.5, 3), (float("inf"), 2))
 _LEAST_ROUNDS_OF_LARGE = ((1.0, 11), (3.0, 7), (float("inf"), 3))
 _BRIEF_ROUNDS = 3
 
-# Smaller blocks come from memory that an allocator has kept.
 _LARGE_BYTES = 64_000_000
+# From here on glibc takes every block afresh, unless a larger one was freed in its heap.
+_FRESH_BYTES = 32 << 20
 _TOUCHED = 4  # times what a call takes
 _MOST_TOUCHED = 0.6  # of what is free
 
@@ -54,6 +56,16 @@ def touch_pages(size: int) -> None:
         torch.zeros(int(min(_MOST_TOUCHED * free, size)), dtype=torch.uint8)
 
 
+def give_back_kept() -> None:
+    """Returns to the system what the C library has kept of freed memory, where it can.
+
+    What one call frees, the next may find in place, without a page to bring in. Whoever is
+    measured for writing fresh memory must find none, whoever was measured before.
+    """
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _seconds_cpu(call: Call, iterations: int) -> float:
     start = time.perf_counter()
     for _ in range(iterations):
@@ -62,6 +74,14 @@ def _seconds_cpu(call: Call, iterations: int) -> float:
         result = call()
     seconds = time.perf_counter() - start
     del result
+    return seconds / iterations
+
+
+def _seconds_afresh(call: Call, iterations: int) -> float:
+    seconds = 0.0
+    for _ in range(iterations):
+        give_back_kept()
+        seconds += _seconds_cpu(call, 1)
     return seconds / iterations
 
 
@@ -91,6 +111,7 @@ def interleaved(
     seconds: float,
     brief: Collection[str] = (),
     memory: int = 0,
+    fresh: bool = False,
 ) -> dict[str, list[float]]:
     """Measures the calls in alternating rounds.
 
@@ -103,12 +124,15 @@ def interleaved(
         brief: Those for whom three rounds are enough.
         memory: About how many bytes a call takes. On a CPU, where that is much, several times
             as many are touched beforehand.
+        fresh: Whether results of a size that is commonly fresh memory are so for everyone here.
 
     Returns:
         Seconds per call, one per round, by name.
     """
 
     clock = _seconds_cuda if device == "cuda" else _seconds_cpu
+    if fresh and device == "cpu" and memory >= _FRESH_BYTES:
+        clock = _seconds_afresh
     large = device == "cpu" and memory >= _LARGE_BYTES
     if large:
         touch_pages(_TOUCHED * memory)

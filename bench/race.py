@@ -64,7 +64,8 @@ def race(case: Case, entrants: Iterable[str], seconds: float) -> dict[str, Outco
             calls[entrant] = call
         result = made = None
     if calls:
-        outcomes.update(interleaved(calls, case.device, seconds, case.brief, memory))
+        fresh = FLOOR in case.entrants
+        outcomes.update(interleaved(calls, case.device, seconds, case.brief, memory, fresh))
     if case.device == "cuda":
         del copies, calls, call
         torch.cuda.empty_cache()
