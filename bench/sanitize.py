@@ -32,8 +32,13 @@ CASES: list[tuple[Size, Size, Settings]] = [
     ((4, 3, 4, 3), (5, 4), {"transposed": True, "stride": 2, "padding": 1}),
     ((33, 17, 3, 3), (9, 9), {"padding": 1}),
 ]
-# Enough items and groups for the large tiles of our own fuse_conv_linear.
-FUSED_CASES = [*CASES, ((128, 8, 1, 1), (15, 15), {"groups": 16})]
+# Enough items and groups for the large tiles of our own fuse_conv_linear, and for packing.
+FUSED_CASES = [
+    *CASES,
+    ((128, 8, 1, 1), (15, 15), {"groups": 16}),
+    ((48, 40, 1, 1), (55, 56), {}),
+    ((48, 70, 1, 1), (41, 40), {}),
+]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DENSE = 11  # rows of the Linear
 

@@ -76,6 +76,7 @@ LARGE_TILES = [
         (6, 5),
         stride=(1, 2),
     ),
+    Case("narrow_tiles", "33 to 64 input channels a group", (10, 40, 1, 2), (3, 19), padding=1),
     BY_NAME["many_channels"],
     BY_NAME["reflect"],
     BY_NAME["transposed_grouped"],
@@ -221,6 +222,11 @@ def expected_fused(case: Case) -> tuple[tuple[Tensor | None, ...], Tensor, Tenso
     return (conv_weight, conv_bias, linear_weight, linear_bias), weight, bias
 
 
+def packed_ways(dtype: torch.dtype) -> list[str]:
+    """The ways that pack their operands, which double does not go."""
+    return [] if dtype == torch.float64 else ["packed", "packed_in_chunks"]
+
+
 def fused_call(case: Case, dtype: torch.dtype, schedule: Schedule, way: str = "auto") -> Call:
     operands = (None if t is None else to_numpy(t.to(dtype)) for t in expected_fused(case)[0])
     return "fuse_conv_linear", (schedule, problem_of(case, dtype), way, *operands)
@@ -238,7 +244,7 @@ def check(case: Case, dtype: torch.dtype, call: Call, outputs: tuple[np.ndarray,
         return
     if name == "fuse_conv_linear":
         exact = expected_fused(case)[1:]
-        if call[1][2] != "auto":
+        if call[1][2] in ("element", "tile", "large_tile"):
             exact, outputs = exact[:1], outputs[:1]
     elif name == "conv_to_affine":
         exact = tuple(tensor[slice(*problem.rows)] for tensor in expected(case)[2:])
@@ -291,6 +297,7 @@ def test_every_cuda_source_is_run_here() -> None:
         "fuse_conv_linear_cuda.cu",
         "fuse_conv_linear_by_tile_cuda.cu",
         "fuse_conv_linear_by_element_cuda.cu",
+        "fuse_conv_linear_by_packed_cuda.cu",
     }
     assert {path.name for path in kernel_sources()} == launchers, "see cuda_on_cpu/README.md"
 
@@ -332,16 +339,40 @@ def test_conv_to_csr(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", LARGE_TILES, ids=name_of)
 def test_fuse_conv_linear_by_large_tiles(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
-    call = fused_call(case, dtype, SCHEDULES[2], "large_tile")
-    check(case, dtype, call, run(kernels, call))
+    for way in ["large_tile", *packed_ways(dtype)]:
+        call = fused_call(case, dtype, SCHEDULES[2], way)
+        check(case, dtype, call, run(kernels, call))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_fuse_conv_linear(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
-    for way, schedule in [("auto", FORWARD), ("tile", SCHEDULES[2]), ("element", SCHEDULES[1])]:
+    ways = [("auto", FORWARD), ("element", SCHEDULES[1]), ("tile", SCHEDULES[2])]
+    if case.name != "replicate_wide":  # which has so many slots that large tiles take a minute
+        if dtype == torch.float32:
+            ways.append(("packed", SCHEDULES[3]))
+        if dtype == torch.bfloat16:  # float16 differs in nothing but its tensor cores
+            ways.append(("packed_in_chunks", SCHEDULES[1]))
+    for way, schedule in ways:
         call = fused_call(case, dtype, schedule, way)
         check(case, dtype, call, run(kernels, call))
+
+
+def test_three_products_for_one_are_as_good_as_float32(kernels: Kernels) -> None:
+    """Splitting a float32 for tensor cores loses no more than rounding every sum does."""
+    case = Case("deep", "many terms", (96, 34, 3, 3), (7, 5), padding=1)
+    generator = torch.Generator().manual_seed(0)
+    sizes = case.weight_size, (FEATURES, case.geometry().rows)
+    weight, linear = (torch.randn(size, generator=generator) for size in sizes)
+    matrix, _ = reference.conv_to_affine(weight.double(), None, *case.arguments())
+    exact = linear.double() @ matrix
+    errors = {}
+    for way in ("tile", "packed"):
+        operands = to_numpy(weight), None, to_numpy(linear), None
+        problem = problem_of(case, torch.float32)
+        made, _ = kernels.fuse_conv_linear(FORWARD, problem, way, *operands)
+        errors[way] = float((to_torch(made, torch.float32) - exact).norm() / exact.norm())
+    assert errors["packed"] <= errors["tile"] <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -387,7 +418,8 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
     for case in FEW + LARGE_TILES:
         for dtype in DTYPES:
             jobs.append((case, dtype, fused_call(case, dtype, schedule)))
-            jobs.append((case, dtype, fused_call(case, dtype, schedule, "tile")))
+            for way in ["tile", *packed_ways(dtype)[-1:]]:
+                jobs.append((case, dtype, fused_call(case, dtype, schedule, way)))
     results, said = run_sanitized(sanitized, [call for _, _, call in jobs], tmp_path)
     assert results, said
     for job, outputs in zip(jobs, results, strict=True):
@@ -403,6 +435,10 @@ def fused_by_tile_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Ca
     return fused_call(case, dtype, replace(schedule, most_blocks=1), "tile")
 
 
+def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Call:
+    return fused_call(case, dtype, replace(schedule, most_blocks=1), "packed")
+
+
 @pytest.mark.parametrize(
     ("source", "barrier", "make_call"),
     [
@@ -414,6 +450,8 @@ def fused_by_tile_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Ca
         ("block_sum.h", 1, csr_backward_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 0, fused_by_tile_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 1, fused_by_tile_call),
+        # Without the fourth, sizes are not there yet that others are divided by.
+        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (0, 1, 2, 4, 5)),
     ],
 )
 def test_taking_a_barrier_away_is_noticed(
@@ -421,7 +459,8 @@ def test_taking_a_barrier_away_is_noticed(
 ) -> None:
     lines = (CSRC / "kernels" / source).read_text().splitlines()
     barriers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
-    case = BY_NAME["same3x3"]
+    packed = make_call is fused_by_packed_call
+    case = LARGE_TILES[0] if packed else BY_NAME["same3x3"]  # several tiles of either kind
     call = make_call(case, torch.float32, Schedule("reverse", without_barrier=barriers[barrier]))
     with pytest.raises(KernelError, match=r"race|uninitialised"):
         run(kernels, call)
@@ -516,6 +555,10 @@ def test_rewrites_a_launch(source: str, kernel: str, config: str, rest: str) -> 
             'auto& a = ::cuda_on_cpu::shared<T[N / 2][3], 0>("a", 16);',
         ),
         (
+            "extern __shared__ alignas(16) unsigned char a[];",
+            'auto* a = ::cuda_on_cpu::dynamic_shared<unsigned char>("a", 16);',
+        ),
+        (
             "__shared__ int a;\n  __shared__ int b;",
             'auto& a = ::cuda_on_cpu::shared<int, 0>("a");\n'
             '  auto& b = ::cuda_on_cpu::shared<int, 1>("b");',
@@ -526,7 +569,9 @@ def test_rewrites_shared_memory(source: str, expected: str) -> None:
     assert prepare(source, "x.cu") == f'#include <cuda_runtime.h>\n#line 1 "x.cu"\n{expected}'
 
 
-@pytest.mark.parametrize("source", ["extern __shared__ float a[];", "__shared__ int a, b;"])
+@pytest.mark.parametrize(
+    "source", ["extern __shared__ int a;", "__shared__ int a[];", "__shared__ int a, b;"]
+)
 def test_says_what_it_cannot_rewrite(source: str) -> None:
     with pytest.raises(ValueError, match="not supported"):
         prepare(source, "x.cu")

@@ -711,10 +711,11 @@ def test_own_kernels_can_be_captured(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", [0, 2])
-def test_own_kernels_by_large_tiles(dtype: torch.dtype, padding: int) -> None:
-    """Enough work for the tiles that large layers get; equal bits in two runs."""
-    case = Case("large", "", (72, 150, 3, 3), (21, 19), padding=padding)
-    tensors = operands(case, dtype, features=65, device="cuda")
+@pytest.mark.parametrize("channels", [12, 24, 50, 150])
+def test_own_kernels_by_large_tiles(dtype: torch.dtype, channels: int, padding: int) -> None:
+    """Enough work for the tiles of large layers, packed from 16 channels on; equal bits."""
+    case = Case("large", "", (72, channels, 3, 3), (21, 19), padding=padding)
+    tensors = operands(case, dtype, features=129, device="cuda")
     before = _C.set_engine("own")
     try:
         first, second = call(case, *tensors), call(case, *tensors)

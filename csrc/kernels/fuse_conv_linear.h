@@ -56,12 +56,20 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate);
 
 #if defined(LINFUSE_WITH_CUDA)
-// Needs no scratch memory.
+// `allocate` gives memory of the card, for work on the stream.
 [[nodiscard]] cudaError_t launch_fuse_conv_linear_cuda(const FuseConvLinearParams& params,
-                                                       cudaStream_t stream);
+                                                       cudaStream_t stream,
+                                                       const Allocate& allocate);
 
-// Its two ways to make the weight, either of which can make any: by tiles of many features and
-// positions, where groups have many channels, and element by element, where they have few.
+// Its three ways, any of which can make any weight: from packed operands, for float32 and halves,
+// where groups have many channels and there is much to do; by tiles of many features and positions,
+// where it is less; and element by element, where groups have few channels. The last two need no
+// memory and leave the bias alone. Not more than `most_bytes` of the Linear are packed at a time.
+[[nodiscard]] bool goes_by_packed_cuda(const FuseConvLinearParams& params);
+[[nodiscard]] cudaError_t launch_fuse_conv_linear_by_packed_cuda(const FuseConvLinearParams& params,
+                                                                 cudaStream_t stream,
+                                                                 const Allocate& allocate,
+                                                                 int64_t most_bytes = INT64_MAX);
 enum class TileSize { kFitting, kLarge };
 [[nodiscard]] cudaError_t launch_fuse_conv_linear_by_tile_cuda(const FuseConvLinearParams& params,
                                                                cudaStream_t stream,

@@ -3,12 +3,8 @@
 //
 // as one matrix product that reads and writes N, C, spatial as they lie.
 //
-// Terms
-//   class   on each axis, the input positions of one remainder by the stride: they share the kernel
-//           elements that can reach them at all, so that no hole of the stride is multiplied
+// Terms, beside those of fuse_conv_linear_classes.h
 //   item    (f, i) with i of one class; a row of the product
-//   slot    on each axis, a kernel element that reaches the class, and which copy of i in the
-//           padding it reads (0 is i itself)
 //   tile    kItems items by kChannels c_in of one group
 //
 // Who computes what: one block makes one tile at a time. For every slot that is a tap of any of its
@@ -27,6 +23,7 @@
 // find their lines in the first-level cache, for which the slots are the inner loop.
 // Sums are made in a fixed order, each element is written once: equal bits in every run.
 #include "fuse_conv_linear.h"
+#include "fuse_conv_linear_classes.h"
 #include "warp_product.h"
 
 namespace linfuse {
@@ -46,51 +43,18 @@ constexpr int64_t kManyTiles = 256;  // two for each of the multiprocessors of a
 template <typename T>
 struct Problem {
   Geometry geometry;
+  Classes classes;
   const T* linear;
   int64_t feature_stride;
   int64_t row_stride;
   const T* weight;
   T* fused;
   int64_t features;
-  int64_t class_step[kAxes];   // from one position of a class to the next
-  int64_t kernel_step[kAxes];  // from one kernel element that reaches a class to the next
   bool by_position;
   int64_t channel_tiles;
   int64_t item_tiles;  // of the largest class
   int64_t tiles;
 };
-
-// One class: the positions first + n * step, n < count, and the kernel elements that reach them.
-struct Class {
-  int64_t first[kAxes];
-  int64_t count[kAxes];
-  int64_t first_kernel[kAxes];
-  int64_t kernels[kAxes];
-
-  LINFUSE_HD int64_t positions() const { return count[0] * count[1] * count[2]; }
-};
-
-template <typename T>
-__device__ Class class_of(const Problem<T>& problem, int64_t number) {
-  const Geometry& g = problem.geometry;
-  Class c;
-  for (int a = kAxes - 1; a >= 0; --a) {
-    const Axis& axis = g.axis[a];
-    const int64_t step = problem.class_step[a];
-    c.first[a] = number % step;
-    number /= step;
-    c.count[a] = (axis.in - c.first[a] - 1) / step + 1;
-    const int64_t kernel_step = problem.kernel_step[a];
-    int64_t k = 0;
-    if (kernel_step > 1) {
-      const int64_t at = c.first[a] + axis.pad_low;
-      while (k < kernel_step && k < axis.kernel && (at - k * axis.dilation) % axis.stride != 0) ++k;
-    }
-    c.first_kernel[a] = k;
-    c.kernels[a] = k < kernel_step && k < axis.kernel ? (axis.kernel - 1 - k) / kernel_step + 1 : 0;
-  }
-  return c;
-}
 
 template <typename T, bool kIsLarge>
 __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem) {
@@ -123,13 +87,13 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
   const int64_t out_channels = g.out_channels_per_group();
   const int64_t weight_step = g.weight_step_out();
   const int64_t channel_step = g.out_positions() * problem.row_stride;
-  const int64_t classes = problem.class_step[0] * problem.class_step[1] * problem.class_step[2];
+  const int64_t classes = problem.classes.count();
   int stage = 0;
 
   for (int64_t tile = blockIdx.x; tile < problem.tiles; tile += gridDim.x) {
     const int64_t first_c_in = tile % problem.channel_tiles * kChannels;
     int64_t rest = tile / problem.channel_tiles;
-    const Class c = class_of(problem, rest % classes);
+    const Class c = problem.classes.at(g, rest % classes);
     rest /= classes;
     const int64_t first_item = rest % problem.item_tiles * kItems;
     const int64_t group = rest / problem.item_tiles;
@@ -142,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
     const int64_t f = problem.by_position ? item % problem.features : item / c.positions();
     Position i = unravel(problem.by_position ? item / problem.features : item % c.positions(),
                          c.count[1], c.count[2]);
-    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + i.at[a] * problem.class_step[a];
+    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + i.at[a] * problem.classes.step[a];
     const int64_t first_c_out = group * out_channels;
     const int64_t from_a = f * problem.feature_stride + (first_c_out + depth_a) * channel_step;
     const bool is_channel = first_c_in + row_b < in_channels;
@@ -178,25 +142,17 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
     };
 
     Accumulate<T> sums[Product::kSums] = {};
-    Position slots;
-    for (int a = 0; a < kAxes; ++a) slots.at[a] = g.copies(a) * c.kernels[a];
-    const int64_t slot_count = slots.at[0] * slots.at[1] * slots.at[2];
+    const Position slots = problem.classes.slots(g, c);
+    const int64_t slot_count = problem.classes.slot_count(g, c);
     for (int64_t first_slot = 0; first_slot < slot_count; first_slot += kSlots) {
       uint32_t taps = 0;  // a bit for each slot that is a tap of any item here
 #pragma unroll 1
       for (int n = 0; n < kSlots && first_slot + n < slot_count; ++n) {
         const Position slot = unravel(first_slot + n, slots.at[1], slots.at[2]);
-        int64_t o = 0;
-        int64_t kernel = 0;
-        for (int a = 0; a < kAxes; ++a) {
-          const int64_t k = c.first_kernel[a] + slot.at[a] % c.kernels[a] * problem.kernel_step[a];
-          const int64_t at = g.out_of_tap(a, i.at[a], slot.at[a] / c.kernels[a], k);
-          o = o < 0 || at < 0 ? -1 : o * g.axis[a].out + at;
-          kernel = kernel * g.axis[a].kernel + k;
-        }
-        if (!is_item) o = -1;
+        const Tap tap = problem.classes.tap(g, c, i, slot);
+        const int64_t o = is_item ? tap.o : -1;
         positions_of[n][thread] = o;
-        if (thread == 0) kernel_of[n] = kernel;
+        if (thread == 0) kernel_of[n] = tap.k;
         if (__syncthreads_or(o >= 0)) taps |= uint32_t{1} << n;
       }
       if (taps == 0) continue;
@@ -222,24 +178,9 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
     }
 
     __syncthreads();  // `to` is there, even if there was no step
-#pragma unroll
-    for (int n = 0; n < Product::kSums; ++n) {
-      const int64_t at = to[warp_row + Product::row(lane, n)];
-      const int channel = warp_col + Product::col(lane, n);
-      if (at >= 0 && first_c_in + channel < in_channels) {
-        problem.fused[at + channel * g.in_positions()] = static_cast<T>(sums[n]);
-      }
-    }
+    write_sums<Product>(sums, warp_row, warp_col, lane, to, in_channels - first_c_in,
+                        g.in_positions(), problem.fused);
   }
-}
-
-int64_t common_divisor(int64_t left, int64_t right) {
-  while (right != 0) {
-    const int64_t rest = left % right;
-    left = right;
-    right = rest;
-  }
-  return left;
 }
 
 // How many of an axis's pairs of a position and a kernel element of its class are taps.
@@ -261,13 +202,13 @@ double share_of_taps(const Geometry& g, int a) {
 
 // Cuts the product into tiles, and returns how many they are.
 template <typename Product, typename T>
-int64_t cut(Problem<T>& problem, int64_t items, int64_t classes) {
+int64_t cut(Problem<T>& problem, int64_t items) {
   constexpr int64_t kItems = kWarpsDown * Product::kRows;
   constexpr int64_t kChannels = kWarpsAcross * Product::kCols;
   const Geometry& g = problem.geometry;
   problem.channel_tiles = (g.in_channels_per_group() - 1) / kChannels + 1;
   problem.item_tiles = (items - 1) / kItems + 1;
-  problem.tiles = problem.channel_tiles * classes * problem.item_tiles * g.groups;
+  problem.tiles = problem.channel_tiles * problem.classes.count() * problem.item_tiles * g.groups;
   return problem.tiles;
 }
 
@@ -278,6 +219,7 @@ cudaError_t launch(const FuseConvLinearParams& params, TileSize size, cudaStream
   const Geometry& g = params.geometry;
   Problem<T> problem{};
   problem.geometry = g;
+  problem.classes = classes_of(g);
   problem.linear = static_cast<const T*>(params.linear_weight);
   problem.feature_stride = params.linear_stride.row;
   problem.row_stride = params.linear_stride.position;
@@ -286,24 +228,15 @@ cudaError_t launch(const FuseConvLinearParams& params, TileSize size, cudaStream
   problem.features = params.features;
   double share = 1;
   int64_t items = params.features;  // of the largest class
-  int64_t classes = 1;
   for (int a = 0; a < kAxes; ++a) {
-    const Axis& axis = g.axis[a];
-    const int64_t step = g.transposed ? 1 : axis.stride < axis.in ? axis.stride : axis.in;
-    problem.class_step[a] = step;
-    // Copies in the padding have remainders of their own.
-    problem.kernel_step[a] = g.transposed || g.copies(a) > 1
-                                 ? 1
-                                 : axis.stride / common_divisor(axis.stride, axis.dilation);
     share *= share_of_taps(g, a);
-    items *= (axis.in - 1) / step + 1;
-    classes *= step;
+    items *= most_positions(g, problem.classes, a);
   }
   problem.by_position = share < kFewTaps;
   if (items <= 0) return cudaSuccess;
   const bool is_large =
-      cut<ProductOf<T, true>>(problem, items, classes) >= kManyTiles || size == TileSize::kLarge;
-  if (!is_large) cut<ProductOf<T, false>>(problem, items, classes);
+      cut<ProductOf<T, true>>(problem, items) >= kManyTiles || size == TileSize::kLarge;
+  if (!is_large) cut<ProductOf<T, false>>(problem, items);
   const auto kernel = is_large ? by_tile_kernel<T, true> : by_tile_kernel<T, false>;
   const int64_t blocks = problem.tiles < kMostBlocks ? problem.tiles : kMostBlocks;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(problem);

@@ -1,13 +1,13 @@
 // fused_bias[f] = linear_bias[f] + sum over c_out of bias[c_out] * (sum over o of
 //                 linear[f, (c_out, o)])
 //
-// and the choice between the two ways to make the weight.
+// and the choice between the three ways to make the weight, of which one makes the bias as well.
 //
 // Who computes what: one block makes one f at a time; its threads read the row in turn, each in
 // ascending order, and add up in a tree. No atomics: the bits are the same in every run.
-// Memory: one more pass over the Linear's weight, in neighbouring elements, which the products
-// cannot spare us: they skip the outputs that read padding alone. Without a convolution's bias
-// there is no pass.
+// Memory: one more pass over the Linear's weight, in neighbouring elements, which the products of
+// unpacked operands cannot spare us: they skip the outputs that read padding alone. Without a
+// convolution's bias there is no pass.
 #include "block_sum.h"
 #include "fuse_conv_linear.h"
 
@@ -66,8 +66,12 @@ cudaError_t launch_bias(const FuseConvLinearParams& params, cudaStream_t stream)
 
 }  // namespace
 
-cudaError_t launch_fuse_conv_linear_cuda(const FuseConvLinearParams& params, cudaStream_t stream) {
+cudaError_t launch_fuse_conv_linear_cuda(const FuseConvLinearParams& params, cudaStream_t stream,
+                                         const Allocate& allocate) {
   if (params.features == 0) return cudaSuccess;
+  if (goes_by_packed_cuda(params)) {
+    return launch_fuse_conv_linear_by_packed_cuda(params, stream, allocate);
+  }
   const Geometry& g = params.geometry;
   const bool has_few_channels =
       g.in_channels_per_group() < kFewChannels || g.out_channels_per_group() < kFewChannels;

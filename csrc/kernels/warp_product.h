@@ -3,9 +3,9 @@
 //   sum[row, col] += sum over k < kDepth of a[row, k] * b[col, k]
 //
 // on the units that a card has for the type: FMA for float32, tensor cores for the others (exact
-// products, sums in float32 or float64). The only file with PTX in it. Whoever compiles for another
-// target, the tests' host shim and cards before compute capability 8.0 among them, gets the same
-// sums by plain C++: each thread computes those that it holds.
+// products, sums in float32 or float64) and, in three products for one, for float32 as well.
+// Whoever compiles for another target, the tests' host shim and cards before compute capability 8.0
+// among them, gets the same sums by plain C++: each thread computes those that it holds.
 //
 // Terms
 //   panel   one operand of a block, kRows rows by kDepth, in the order that suits the unit
@@ -16,12 +16,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-
-#if defined(__CUDA_ARCH__)
-#if __CUDA_ARCH__ >= 800
-#define LINFUSE_TENSOR_CORES
-#endif
-#endif
+#include "ptx.h"
 
 namespace linfuse {
 
@@ -54,16 +49,17 @@ struct PanelByRow {
 
   template <int count>
   LINFUSE_HD static void store(T* panel, int row, int k, const T (&values)[count]) {
-    constexpr int kPiece = count * sizeof(T) < 16 ? count : 16 / static_cast<int>(sizeof(T));
-    struct alignas(kPiece * sizeof(T)) Piece {
+    constexpr int kPiece =
+        count * sizeof(T) < kPieceBytes ? count : kPieceBytes / static_cast<int>(sizeof(T));
+    struct alignas(kPiece * sizeof(T)) Values {
       T at[kPiece];
     };
 #pragma unroll
     for (int n = 0; n < count; n += kPiece) {
-      Piece piece;
+      Values piece;
 #pragma unroll
       for (int m = 0; m < kPiece; ++m) piece.at[m] = values[n + m];
-      *reinterpret_cast<Piece*>(panel + at(row, k + n)) = piece;
+      *reinterpret_cast<Values*>(panel + at(row, k + n)) = piece;
     }
   }
 };
@@ -166,9 +162,7 @@ struct WarpProduct<double, kDown, kAcross> {
       }
 #pragma unroll
       for (int n = 0; n < kDown * kAcross; ++n) {
-        asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+d"(sums[2 * n]), "+d"(sums[2 * n + 1])
-            : "d"(left[n / kAcross]), "d"(right[n % kAcross]));
+        ptx::multiply(left[n / kAcross], right[n % kAcross], sums + 2 * n);
       }
     }
 #else
@@ -180,65 +174,70 @@ struct WarpProduct<double, kDown, kAcross> {
 
 namespace detail {
 
-#if defined(LINFUSE_TENSOR_CORES)
-// Four matrices of 8 rows of 16 bytes; lane n names row n % 8 of matrix n / 8.
-template <typename T>
-__device__ inline void load_matrices(const T* row, uint32_t (&to)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-}
-
-#define LINFUSE_MMA(type)                                                    \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-
-__device__ inline void multiply(Float16, const uint32_t* a, const uint32_t* b, float* sums) {
-  LINFUSE_MMA("f16");
-}
-__device__ inline void multiply(BFloat16, const uint32_t* a, const uint32_t* b, float* sums) {
-  LINFUSE_MMA("bf16");
-}
-#undef LINFUSE_MMA
-#endif
-
-// Tensor cores, 16 by 8 by 16.
-template <typename T, int kDown, int kAcross>
-struct HalfProduct {
+// Tensor cores, 16 by 8 by two pieces.
+template <int kDown, int kAcross>
+struct PieceProduct {
   static constexpr int kRows = kDown * 16;
   static constexpr int kCols = kAcross * 8;
   static constexpr int kSums = kDown * kAcross * 4;
-  template <int rows>
-  using Panel = PanelByRow<T, rows>;
 
   LINFUSE_HD static int row(int lane, int n) {
     return n / 4 / kAcross * 16 + n / 2 % 2 * 8 + lane / 4;
   }
   LINFUSE_HD static int col(int lane, int n) { return n / 4 % kAcross * 8 + lane % 4 * 2 + n % 2; }
 
+#if defined(LINFUSE_TENSOR_CORES)
+ protected:
+  // Of 16 rows, the two pieces of a step.
+  template <typename Panel, typename T>
+  __device__ static void load_left(const T* a, int first_row, int step, int lane,
+                                   uint32_t (&left)[4]) {
+    constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
+    ptx::load_matrices(a + Panel::at(first_row + lane % 16, step * 2 * kPiece + lane / 16 * kPiece),
+                       left);
+  }
+
+  // Of all columns, 8 by 8, the two pieces of a step. One load is of 16 columns.
+  static constexpr int kPairs = (kAcross + 1) / 2;
+  template <typename Panel, typename T>
+  __device__ static void load_right(const T* b, int first_col, int step, int lane,
+                                    uint32_t (&right)[kPairs * 2][2]) {
+    constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int m = 0; m < kPairs * 2; m += 2) {
+      const int eight = m + 1 < kAcross ? m + lane / 16 : m;  // an odd one out is loaded twice
+      uint32_t words[4];
+      ptx::load_matrices(
+          b + Panel::at(first_col + eight * 8 + lane % 8, (step * 2 + lane / 8 % 2) * kPiece),
+          words);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) right[m + n / 2][n % 2] = words[n];
+    }
+  }
+#endif
+};
+
+template <typename T, int kDown, int kAcross>
+struct HalfProduct : PieceProduct<kDown, kAcross> {
+  using Tile = PieceProduct<kDown, kAcross>;
+  template <int rows>
+  using Panel = PanelByRow<T, rows>;
+
   template <typename PanelA, typename PanelB>
   __device__ static void add(const T* a, const T* b, int first_row, int first_col, int lane,
-                             float (&sums)[kSums]) {
+                             float (&sums)[Tile::kSums]) {
 #if defined(LINFUSE_TENSOR_CORES)
-    static_assert(PanelA::kDepth == 32, "one load of b is two steps of 16");
-    uint32_t right[kAcross][4];
-#pragma unroll
-    for (int m = 0; m < kAcross; ++m) {
-      load_matrices(b + PanelB::at(first_col + m * 8 + lane % 8, lane / 8 * 8), right[m]);
-    }
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
+      uint32_t right[Tile::kPairs * 2][2];
+      Tile::template load_right<PanelB>(b, first_col, step, lane, right);
 #pragma unroll
       for (int m = 0; m < kDown; ++m) {
         uint32_t left[4];
-        load_matrices(a + PanelA::at(first_row + m * 16 + lane % 16, step * 16 + lane / 16 * 8),
-                      left);
+        Tile::template load_left<PanelA>(a, first_row + m * 16, step, lane, left);
 #pragma unroll
         for (int n = 0; n < kAcross; ++n) {
-          multiply(T{}, left, right[n] + step * 2, sums + (m * kAcross + n) * 4);
+          ptx::multiply(T{}, left, right[n], sums + (m * kAcross + n) * 4);
         }
       }
     }
@@ -248,11 +247,102 @@ struct HalfProduct {
   }
 };
 
+// A float as two numbers of 11 significant bits, which tensor cores take: the nearest, and what is
+// then left, of which they lose a bit at most. Neither is finite where a float is not.
+struct Split {
+  uint32_t big;
+  uint32_t small;
+
+  LINFUSE_HD explicit Split(float value) {
+    constexpr uint32_t kSeen = 0xffffe000;
+    big = (bits_of(value) + 0x1000) & kSeen;
+    small = bits_of(value - float_of(big)) & kSeen;
+  }
+};
+
 }  // namespace detail
 
 template <int kDown, int kAcross>
 struct WarpProduct<Float16, kDown, kAcross> : detail::HalfProduct<Float16, kDown, kAcross> {};
 template <int kDown, int kAcross>
 struct WarpProduct<BFloat16, kDown, kAcross> : detail::HalfProduct<BFloat16, kDown, kAcross> {};
+
+// float32 on tensor cores: big * big and both mixed products of each pair. Without the fourth, a
+// product is off by 2^-22 of itself at most, and as often up as down. Tensor cores cut their sums
+// off in place of rounding them, so theirs are of one step and added up by FADD.
+template <int kDown, int kAcross>
+struct SplitProduct : detail::PieceProduct<kDown, kAcross> {
+  using Tile = detail::PieceProduct<kDown, kAcross>;
+  template <int rows>
+  using Panel = PanelByRow<float, rows>;
+
+  template <typename PanelA, typename PanelB>
+  __device__ static void add(const float* a, const float* b, int first_row, int first_col, int lane,
+                             float (&sums)[Tile::kSums]) {
+    using detail::Split;
+    float parts[Tile::kSums] = {};
+#if defined(LINFUSE_TENSOR_CORES)
+    // Makes words their upper parts, and puts the lower ones beside them.
+    const auto split = [](uint32_t* words, uint32_t* small, int count) {
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        const Split pair(detail::float_of(words[n]));
+        words[n] = pair.big;
+        small[n] = pair.small;
+      }
+    };
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t right[Tile::kPairs * 2][2];
+      uint32_t right_small[Tile::kPairs * 2][2];
+      Tile::template load_right<PanelB>(b, first_col, step, lane, right);
+#pragma unroll
+      for (int n = 0; n < kAcross; ++n) split(right[n], right_small[n], 2);
+#pragma unroll
+      for (int m = 0; m < kDown; ++m) {
+        uint32_t left[4];
+        uint32_t left_small[4];
+        Tile::template load_left<PanelA>(a, first_row + m * 16, step, lane, left);
+        split(left, left_small, 4);
+#pragma unroll
+        for (int n = 0; n < kAcross; ++n) {
+          float* const part = parts + (m * kAcross + n) * 4;
+          ptx::multiply(float{}, left_small, right[n], part);
+          ptx::multiply(float{}, left, right_small[n], part);
+          ptx::multiply(float{}, left, right[n], part);
+        }
+      }
+    }
+#else
+#pragma unroll
+    for (int n = 0; n < Tile::kSums; ++n) {
+      const int row = first_row + Tile::row(lane, n);
+      const int col = first_col + Tile::col(lane, n);
+      for (int k = 0; k < PanelA::kDepth; ++k) {
+        const Split left(a[PanelA::at(row, k)]);
+        const Split right(b[PanelB::at(col, k)]);
+        parts[n] += detail::float_of(left.small) * detail::float_of(right.big);
+        parts[n] += detail::float_of(left.big) * detail::float_of(right.small);
+        parts[n] += detail::float_of(left.big) * detail::float_of(right.big);
+      }
+    }
+#endif
+#pragma unroll
+    for (int n = 0; n < Tile::kSums; ++n) sums[n] += parts[n];
+  }
+};
+
+// Writes the sums that a lane holds: of row r and column c to fused[to[r] + c * step], where to[r]
+// is not -1 and c < cols.
+template <typename Product, typename T>
+__device__ inline void write_sums(const Accumulate<T>* sums, int first_row, int first_col, int lane,
+                                  const int64_t* to, int64_t cols, int64_t step, T* fused) {
+#pragma unroll
+  for (int n = 0; n < Product::kSums; ++n) {
+    const int64_t at = to[first_row + Product::row(lane, n)];
+    const int col = first_col + Product::col(lane, n);
+    if (at >= 0 && col < cols) fused[at + col * step] = static_cast<T>(sums[n]);
+  }
+}
 
 }  // namespace linfuse

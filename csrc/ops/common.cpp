@@ -107,7 +107,7 @@ const void* data_or_null(const std::optional<Tensor>& tensor) {
 
 void* Scratch::operator()(int64_t bytes) {
   constexpr int64_t kAlignment = 64;
-  if (bytes <= kSmall - taken_) {
+  if (!like_.is_cuda() && bytes <= kSmall - taken_) {
     void* const block = small_ + taken_;
     taken_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     return block;

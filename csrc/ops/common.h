@@ -79,14 +79,14 @@ auto make_tables(const char* op, const Make& make) {
   try {
     return make();
   } catch (const std::bad_alloc&) {
-    throw std::runtime_error(std::string(op) + ": out of memory, could not hold the taps of rows");
   } catch (const std::length_error&) {
-    throw std::runtime_error(std::string(op) + ": out of memory, could not hold the taps of rows");
   }
+  throw std::runtime_error(std::string(op) + ": out of memory, could not hold the taps of rows");
 }
 
-// Scratch memory for a kernel, while this lives. What small layers need is on the stack; more comes
-// from torch, so that running out of memory is torch's own error.
+// Scratch memory for a kernel, on the device of `like` and while this lives. On a CPU what small
+// layers need is on the stack; all else comes from torch, so that running out of memory is torch's
+// own error, and memory of a card is kept for the stream's work when this is gone.
 class [[gnu::visibility("hidden")]] Scratch {
  public:
   Scratch(const char* op, const Tensor& like) : op_(op), like_(like) {}

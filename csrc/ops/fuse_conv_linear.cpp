@@ -53,15 +53,15 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   params.weight_stride = ImageStrides::of_matrix(
       geometry.cols(), 1, geometry.in_channels_per_group(), geometry.in_positions());
   params.bias = bias.mutable_data_ptr();
+  Scratch scratch(kOp, conv_weight);
 #if defined(LINFUSE_WITH_CUDA)
   if (conv_weight.is_cuda()) {
     const CudaScope scope(conv_weight);
-    check_cuda(kOp, launch_fuse_conv_linear_cuda(params, scope.stream()));
+    check_cuda(kOp, launch_fuse_conv_linear_cuda(params, scope.stream(), std::ref(scratch)));
     return {weight, bias};
   }
 #endif
   params.threads = static_cast<int>(torch::stable::get_num_threads());
-  Scratch scratch(kOp, conv_weight);
   launch_fuse_conv_linear_cpu(params, torch_parallel_for(), std::ref(scratch));
   return {weight, bias};
 }

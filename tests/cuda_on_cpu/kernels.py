@@ -173,7 +173,7 @@ class Kernels:
         linear_weight: np.ndarray,
         linear_bias: np.ndarray | None,
     ) -> tuple[np.ndarray, ...]:
-        """Returns (weight, bias); only "auto" makes the bias."""
+        """Returns (weight, bias); "auto" and the packed ways make the bias."""
         features = len(linear_weight)
         outputs = (
             np.zeros((features, problem.cols), problem.storage),

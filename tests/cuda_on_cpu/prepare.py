@@ -1,7 +1,8 @@
-"""Rewrites the two things of CUDA C++ that no header can give a meaning in C++.
+"""Rewrites what of CUDA C++ no header can give a meaning in C++.
 
     kernel<<<grid, block>>>(n)   ->  cuda_on_cpu::launch("kernel", kernel, LaunchConfig(...), n)
     __shared__ float sums[128];  ->  auto& sums = cuda_on_cpu::shared<float[128], 0>("sums");
+    extern __shared__ float a[]; ->  auto* a = cuda_on_cpu::dynamic_shared<float>("a");
 
 Line numbers stay, so that messages point into the source that was prepared.
 """
@@ -14,9 +15,10 @@ _NO_CODE = re.compile(
     r"""//[^\n]* | /\*.*?\*/ | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])'""", re.DOTALL | re.VERBOSE
 )
 _SHARED = re.compile(
-    r"""__shared__ \s+ (?:(?:alignas|__align__) \s* \( (?P<align>[^()]+) \) \s*)?
+    r"""(?P<extern>extern \s+)? __shared__ \s+
+    (?:(?:alignas|__align__) \s* \( (?P<align>[^()]+) \) \s*)?
     (?P<type>(?:[^;=\[\]{},<>]|<[^;={}]*>)+?) (?<=[\s>*]) (?P<name>\w+) \s*
-    (?P<extents>(?:\[[^\]]+\]\s*)*) ;""",
+    (?P<extents>(?:\[[^\]]*\]\s*)*) ;""",
     re.VERBOSE,
 )
 _OPENING = {")": "(", "]": "[", ">": "<"}
@@ -38,11 +40,16 @@ def _mask(text: str) -> str:
 def _rewrite_shared(text: str) -> str:
     pieces, end = [], 0
     for number, match in enumerate(_SHARED.finditer(_mask(text))):
+        kind, extents = match["type"].strip(), match["extents"].strip()
+        if bool(match["extern"]) != (extents == "[]"):
+            continue  # and is found below
         alignment = f", {match['align']}" if match["align"] else ""
-        kind = f"{match['type'].strip()}{match['extents'].strip()}"
+        made = f"* {{}} = ::cuda_on_cpu::dynamic_shared<{kind}>"
+        if not match["extern"]:
+            made = f"& {{}} = ::cuda_on_cpu::shared<{kind}{extents}, {number}>"
         pieces += [
             text[end : match.start()],
-            f"auto& {match['name']} = ::cuda_on_cpu::shared<{kind}, {number}>",
+            f"auto{made.format(match['name'])}",
             f'("{match["name"]}"{alignment});',
             "\n" * match[0].count("\n"),
         ]

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -68,20 +69,46 @@ const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted
     {"no_fault", launch_no_fault},
 };
 
-const std::map<std::string,
-               std::function<cudaError_t(const linfuse::FuseConvLinearParams&, cudaStream_t)>>
-    kWays = {
-        {"auto", linfuse::launch_fuse_conv_linear_cuda},
-        {"element", linfuse::launch_fuse_conv_linear_by_element_cuda},
-        {"tile",
-         [](const auto& params, cudaStream_t stream) {
-           return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, stream);
-         }},
-        {"large_tile",
-         [](const auto& params, cudaStream_t stream) {
-           return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, stream,
-                                                                linfuse::TileSize::kLarge);
-         }},
+// Memory of the card for one call, as torch's allocator gives it.
+class Scratch {
+ public:
+  void* operator()(int64_t bytes) {
+    blocks_.push_back(std::make_unique<Memory>("scratch", static_cast<size_t>(bytes), 512));
+    return blocks_.back()->data();
+  }
+
+ private:
+  std::vector<std::unique_ptr<Memory>> blocks_;
+};
+
+using Way = cudaError_t (*)(const linfuse::FuseConvLinearParams&, const linfuse::Allocate&);
+const std::map<std::string, Way> kWays = {
+    {"auto",
+     [](const auto& params, const auto& allocate) {
+       return linfuse::launch_fuse_conv_linear_cuda(params, nullptr, allocate);
+     }},
+    {"packed",
+     [](const auto& params, const auto& allocate) {
+       return linfuse::launch_fuse_conv_linear_by_packed_cuda(params, nullptr, allocate);
+     }},
+    {"packed_in_chunks",
+     [](const auto& params, const auto& allocate) {
+       const int64_t line = 64 * params.geometry.groups * params.geometry.out_positions();
+       return linfuse::launch_fuse_conv_linear_by_packed_cuda(params, nullptr, allocate, 3 * line);
+     }},
+    {"element",
+     [](const auto& params, const auto&) {
+       return linfuse::launch_fuse_conv_linear_by_element_cuda(params, nullptr);
+     }},
+    {"tile",
+     [](const auto& params, const auto&) {
+       return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, nullptr);
+     }},
+    {"large_tile",
+     [](const auto& params, const auto&) {
+       return linfuse::launch_fuse_conv_linear_by_tile_cuda(params, nullptr,
+                                                            linfuse::TileSize::kLarge);
+     }},
 };
 
 // The launcher's error as text, which stays until the next call.
@@ -229,7 +256,7 @@ const char* conv_to_csr_backward(const Problem* problem, const void* grad_values
 
 // conv_weight as the problem says, conv_bias [C_out] or null, linear_weight [features, rows],
 // linear_bias [features] or null  ->  weight [features, cols], bias [features]. `way` is one of
-// kWays; all but "auto" leave the bias alone.
+// kWays; "element" and the tiles leave the bias alone.
 const char* fuse_conv_linear(const Problem* problem, const char* way, int64_t features,
                              const void* conv_weight, const void* conv_bias,
                              const void* linear_weight, const void* linear_bias, void* weight,
@@ -260,7 +287,8 @@ const char* fuse_conv_linear(const Problem* problem, const char* way, int64_t fe
     params.linear_bias = linear_bias == nullptr ? nullptr : linear_bias_copy.data();
     params.weight = weight_made.data();
     params.bias = bias_made.data();
-    const cudaError_t error = kWays.at(way)(params, nullptr);
+    Scratch scratch;
+    const cudaError_t error = kWays.at(way)(params, std::ref(scratch));
     weight_made.copy_to(weight);
     bias_made.copy_to(bias);
     return error;

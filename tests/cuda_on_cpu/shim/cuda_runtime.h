@@ -2,6 +2,7 @@
 //
 //   kernel<<<grid, block>>>(n)   ->  cuda_on_cpu::launch("kernel", kernel, LaunchConfig(...), n)
 //   __shared__ float sums[128];  ->  auto& sums = cuda_on_cpu::shared<float[128], 0>("sums");
+//   extern __shared__ float a[]; ->  auto* a = cuda_on_cpu::dynamic_shared<float>("a");
 //
 // __CUDACC__ stays undefined: that macro promises a CUDA compiler, and this is none.
 #pragma once
@@ -47,12 +48,17 @@ namespace cuda_on_cpu {
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
+  size_t shared_bytes;
 
   LaunchConfig(dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr);
 };
 
-// Runs `thread` once per thread of the grid.
-void run_grid(const char* kernel, const LaunchConfig& config, const std::function<void()>& thread);
+// Runs `thread` once per thread of the grid. `key` stands for the kernel.
+void run_grid(const char* kernel, const void* key, const LaunchConfig& config,
+              const std::function<void()>& thread);
+
+// Lets a kernel have so much dynamic shared memory; without this it is 48 KB.
+cudaError_t allow_shared(const void* key, int bytes);
 
 template <typename T>
 struct Same {
@@ -63,7 +69,7 @@ struct Same {
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,
             typename Same<Parameters>::type... arguments) {
-  run_grid(name, config, [&] { kernel(arguments...); });
+  run_grid(name, reinterpret_cast<const void*>(kernel), config, [&] { kernel(arguments...); });
 }
 
 // The running block's memory for one variable, made and poisoned when its first thread asks.
@@ -75,4 +81,19 @@ T& shared(const char* name, size_t alignment = alignof(T)) {
   return *static_cast<T*>(shared_memory(&key, name, sizeof(T), alignment));
 }
 
+// The running block's dynamic shared memory.
+void* dynamic_shared_memory(const char* name, size_t alignment);
+
+template <typename T>
+T* dynamic_shared(const char* name, size_t alignment = alignof(T)) {
+  return static_cast<T*>(dynamic_shared_memory(name, alignment));
+}
+
 }  // namespace cuda_on_cpu
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return cuda_on_cpu::allow_shared(reinterpret_cast<const void*>(kernel), value);
+}

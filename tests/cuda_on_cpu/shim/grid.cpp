@@ -24,6 +24,7 @@ namespace {
 
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of variables; more needs dynamic shared memory
+constexpr size_t kMostOfBlock = 163 * 1024;     // of a card of compute capability 8.0, all together
 
 Schedule schedule;
 std::mt19937_64 shuffler;
@@ -44,6 +45,9 @@ bool votes[2];
 unsigned phase = 0;
 
 std::map<const void*, Memory> shared_variables;  // of the running block, by their declaration
+std::map<const void*, size_t> allowed_shared;    // by kernel
+size_t shared_bytes = 0;                         // dynamic ones of the running launch
+const char dynamic_key = 0;                      // its address stands for them
 
 // A permutation of 0 .. count - 1 for the next round.
 const std::vector<unsigned>& next_order(unsigned count, std::vector<unsigned>* order) {
@@ -111,13 +115,23 @@ void report(const std::string& what) {
   last_error = cudaErrorLaunchFailure;
 }
 
-LaunchConfig::LaunchConfig(dim3 grid, dim3 block, size_t, cudaStream_t)
-    : grid(grid), block(block) {}
+LaunchConfig::LaunchConfig(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t)
+    : grid(grid), block(block), shared_bytes(shared_bytes) {}
 
-void run_grid(const char* kernel, const LaunchConfig& config, const std::function<void()>& body) {
+cudaError_t allow_shared(const void* key, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMostOfBlock) return cudaErrorInvalidValue;
+  allowed_shared[key] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+void run_grid(const char* kernel, const void* key, const LaunchConfig& config,
+              const std::function<void()>& body) {
   const uint64_t blocks = uint64_t{config.grid.x} * config.grid.y * config.grid.z;
   const uint64_t count = uint64_t{config.block.x} * config.block.y * config.block.z;
-  if (blocks == 0 || count == 0 || count > kMostThreads) {
+  shared_bytes = config.shared_bytes;
+  const auto allowed = allowed_shared.find(key);
+  const size_t most_shared = allowed == allowed_shared.end() ? kMostSharedBytes : allowed->second;
+  if (blocks == 0 || count == 0 || count > kMostThreads || shared_bytes > most_shared) {
     if (last_error == cudaSuccess) last_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -140,10 +154,17 @@ void* shared_memory(const void* key, const char* name, size_t bytes, size_t alig
   const auto [entry, made] = shared_variables.try_emplace(key, name, bytes, alignment);
   if (made) {
     size_t total = 0;
-    for (const auto& [other_key, variable] : shared_variables) total += variable.bytes();
+    for (const auto& [other_key, variable] : shared_variables) {
+      if (other_key != &dynamic_key) total += variable.bytes();
+    }
     if (total > kMostSharedBytes) report("more than 48 KB of shared variables");
+    if (total + shared_bytes > kMostOfBlock) report("more shared memory than a block may have");
   }
   return entry->second.data();
+}
+
+void* dynamic_shared_memory(const char* name, size_t alignment) {
+  return shared_memory(&dynamic_key, name, shared_bytes, alignment);
 }
 
 }  // namespace cuda_on_cpu
