@@ -36,8 +36,9 @@ CASES: list[tuple[Size, Size, Settings]] = [
 FUSED_CASES = [
     *CASES,
     ((128, 8, 1, 1), (15, 15), {"groups": 16}),
+    ((48, 20, 3, 3), (56, 56), {"padding": 1}),
     ((48, 40, 1, 1), (55, 56), {}),
-    ((48, 70, 1, 1), (41, 40), {}),
+    ((48, 70, 1, 1), (57, 55), {}),
 ]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DENSE = 11  # rows of the Linear

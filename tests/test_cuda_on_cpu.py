@@ -76,6 +76,7 @@ LARGE_TILES = [
         (6, 5),
         stride=(1, 2),
     ),
+    Case("wide_tiles", "more input channels than a tile takes", (3, 140, 1, 2), (2, 9), padding=1),
     Case("narrow_tiles", "33 to 64 input channels a group", (10, 40, 1, 2), (3, 19), padding=1),
     BY_NAME["many_channels"],
     BY_NAME["reflect"],
@@ -358,6 +359,79 @@ def test_fuse_conv_linear(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
         check(case, dtype, call, run(kernels, call))
 
 
+MUCH = Case("much", "enough for packing", (16, 17, 1, 1), (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("card", "packs"),
+    [({}, True), ({"capability": 7}, False), ({"shared_bytes": 64 * 1024}, False)],
+    ids=["tensor cores", "none", "little memory"],
+)
+def test_much_work_is_packed_where_the_card_can(kernels: Kernels, card: dict, packs: bool) -> None:
+    problem = problem_of(MUCH, torch.float32)
+    weight = whole_numbers(MUCH.weight_size, seed=1)
+    linear = whole_numbers((33, MUCH.geometry().rows), seed=2)
+    operands = to_numpy(weight.float()), None, to_numpy(linear.float()), None
+    # Without the barrier of its steps nothing but the packed product fails.
+    lines = (CSRC / "kernels/fuse_conv_linear_by_packed_cuda.cu").read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if "copies.template wait<" in text) + 1
+    assert "__syncthreads()" in lines[line - 1]
+    broken = Schedule(**card, without_barrier=line)
+    if packs:
+        with pytest.raises(KernelError, match=r"race|uninitialised"):
+            kernels.fuse_conv_linear(broken, problem, "auto", *operands)
+    else:
+        made, _ = kernels.fuse_conv_linear(broken, problem, "auto", *operands)
+        exact = torch.einsum("foi,oc->fci", linear.unflatten(1, (16, -1)), weight[:, :, 0, 0])
+        assert torch.equal(to_torch(made, torch.float32), exact.flatten(1).float())
+
+
+def many_features() -> tuple[Problem, list[np.ndarray], Tensor, Tensor]:
+    """So many that a block packs several tiles of a row: a problem, operands, weight and bias."""
+    case = Case("many", "", (10, 1, 1, 1), (70, 1), groups=2)
+    weight, bias, linear, linear_bias = (
+        whole_numbers(size, seed)
+        for seed, size in enumerate([case.weight_size, (10,), (520, 10 * 70), (520,)])
+    )
+    fused = (linear.view(520, 2, 5, 70) * weight.view(2, 5, 1)).sum(2)
+    fused_bias = linear.view(520, 10, 70).sum(2) @ bias + linear_bias
+    operands = [to_numpy(t.float()) for t in (weight, bias, linear, linear_bias)]
+    return problem_of(case, torch.float32), operands, fused.flatten(1), fused_bias
+
+
+def test_slices_of_several_tiles(kernels: Kernels) -> None:
+    problem, operands, *exact = many_features()
+    made = kernels.fuse_conv_linear(SCHEDULES[1], problem, "packed", *operands)
+    for output, wanted in zip(made, exact, strict=True):
+        assert torch.equal(to_torch(output, torch.float32), wanted.float())
+    lines = (CSRC / "kernels/fuse_conv_linear_by_packed_cuda.cu").read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if "__syncthreads()" in text)
+    with pytest.raises(KernelError, match="race"):
+        broken = Schedule("reverse", without_barrier=line)
+        kernels.fuse_conv_linear(broken, problem, "packed", *operands)
+
+
+@pytest.mark.parametrize("way", ["auto", "packed"])
+def test_an_infinite_bias_stays_infinite(kernels: Kernels, way: str) -> None:
+    case = BY_NAME["same3x3"]
+    weight, bias, _, _ = expected(case)
+    linear = torch.ones(FEATURES, case.geometry().rows)
+    bias = torch.full_like(bias, torch.inf)
+    operands = (to_numpy(t.float()) for t in (weight, bias, linear))
+    _, made = kernels.fuse_conv_linear(
+        FORWARD, problem_of(case, torch.float32), way, *operands, None
+    )
+    assert np.isposinf(made).all()
+
+
+@pytest.mark.parametrize("way", ["element", "tile", "packed"])
+def test_a_stride_beyond_the_image_may_be_any(kernels: Kernels, way: str) -> None:
+    near, far = (Case("far", "", (3, 1, 2), (5,), stride=s, dilation=2) for s in (5, 2**63 - 1))
+    name, (schedule, _, *rest) = fused_call(near, torch.float32, FORWARD, way)
+    call = name, (schedule, problem_of(far, torch.float32), *rest)
+    check(near, torch.float32, call, run(kernels, call))
+
+
 def test_three_products_for_one_are_as_good_as_float32(kernels: Kernels) -> None:
     """Splitting a float32 for tensor cores loses no more than rounding every sum does."""
     case = Case("deep", "many terms", (96, 34, 3, 3), (7, 5), padding=1)
@@ -450,8 +524,10 @@ def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> 
         ("block_sum.h", 1, csr_backward_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 0, fused_by_tile_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 1, fused_by_tile_call),
-        # Without the fourth, sizes are not there yet that others are divided by.
-        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (0, 1, 2, 4, 5)),
+        # The first has a test of its own. Without the fourth, others divide by sizes that are not
+        # there yet.
+        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (1, 2)),
+        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (4, 5, 6)),
     ],
 )
 def test_taking_a_barrier_away_is_noticed(
@@ -460,7 +536,7 @@ def test_taking_a_barrier_away_is_noticed(
     lines = (CSRC / "kernels" / source).read_text().splitlines()
     barriers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
     packed = make_call is fused_by_packed_call
-    case = LARGE_TILES[0] if packed else BY_NAME["same3x3"]  # several tiles of either kind
+    case = LARGE_TILES[0] if packed else BY_NAME["same3x3"]  # several tiles of both kinds
     call = make_call(case, torch.float32, Schedule("reverse", without_barrier=barriers[barrier]))
     with pytest.raises(KernelError, match=r"race|uninitialised"):
         run(kernels, call)

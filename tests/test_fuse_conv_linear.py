@@ -688,10 +688,11 @@ def test_torchs_engine_serves_gradients_and_compilation() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_own_kernels_can_be_captured(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("features", [4, 129])
+def test_own_kernels_can_be_captured(dtype: torch.dtype, features: int) -> None:
     """In a CUDA graph, which forbids waiting for the card; a replay gives the same bits."""
-    case = BY_NAME["many_channels"]
-    tensors = [None if t is None else t.cuda() for t in operands(case, dtype)]
+    case = Case("large", "", (72, 50, 3, 3), (21, 19), padding=1)
+    tensors = operands(case, dtype, features=features, device="cuda")
     before = _C.set_engine("own")
     try:
         expected = call(case, *tensors)

@@ -61,10 +61,11 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
                                                        cudaStream_t stream,
                                                        const Allocate& allocate);
 
-// Its three ways, any of which can make any weight: from packed operands, for float32 and halves,
-// where groups have many channels and there is much to do; by tiles of many features and positions,
-// where it is less; and element by element, where groups have few channels. The last two need no
-// memory and leave the bias alone. Not more than `most_bytes` of the Linear are packed at a time.
+// Its three ways. From packed operands, where groups have many channels and there is much to do;
+// not for double, and only for what goes_by_packed_cuda() or is small. It packs one feature at
+// least and no more than `most_bytes` of the Linear at a time. By tiles of many features and
+// positions, where it is less, and element by element, where groups have few channels: these make
+// any weight, need no memory and leave the bias alone.
 [[nodiscard]] bool goes_by_packed_cuda(const FuseConvLinearParams& params);
 [[nodiscard]] cudaError_t launch_fuse_conv_linear_by_packed_cuda(const FuseConvLinearParams& params,
                                                                  cudaStream_t stream,

@@ -39,7 +39,7 @@ RunStep step_of(const Geometry& g, int a) {
   const Axis& axis = g.axis[a];
   if (g.transposed) return {1, axis.dilation};
   const int64_t k = kernel_step(g, a);
-  return {k, -k * axis.dilation / axis.stride};
+  return {k, -(axis.dilation / (axis.stride / k))};  // the divisor of both is stride / k
 }
 
 // The run of a copy of input position i.

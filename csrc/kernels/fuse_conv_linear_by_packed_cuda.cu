@@ -8,17 +8,18 @@
 // Terms, beside those of fuse_conv_linear_classes.h
 //   line     the output channels of one group at one place, filled up with zeros to `depth`
 //   chunk    so many features that their packed part of the Linear is no more than kMostLinear
-//            bytes: it stays in the second-level cache until it was multiplied
+//            bytes, so that it can stay in the second-level cache until it was multiplied
 //   segment  neighbouring positions of a class on the innermost axis, at most kWidth, all as wide
 //   item     (segment, f, place in the segment); a row of the product
 //   tile     kItems items by kChannels c_in of one group
 //
 // Who computes what. pack_weight_kernel: a thread makes a piece of weight[group, k, c_in] at a
-// time. pack_linear_kernel: a block makes the lines [group, o] of one feature at a time, through
-// shared memory, and with all of the Linear's row in hand also the fused bias. product_kernel: one
-// block makes one tile at a time; for every slot that is a tap of any of its items, and every
-// kDepth output channels, it copies a part of the items' lines and of the weight's to shared
-// memory, and its warps multiply (warp_product.h).
+// time. pack_linear_kernel: a block makes a slice of the lines [group, o] of one feature at a time,
+// through shared memory, and with that part of the Linear's row in hand also its part of the fused
+// bias; add_parts_kernel adds those up. product_kernel: one block makes one tile at a time; for
+// every slot that is a tap of any of its items, and every kDepth output channels, a step copies a
+// part of the items' lines and of the weight's to shared memory, and the warps multiply
+// (warp_product.h).
 //
 // Order of items: a tile has few segments and many features. So nearly all its items share their
 // taps, and what padding would have had is not multiplied, however small the images; and what is
@@ -44,7 +45,7 @@ constexpr int kStages = 3;
 constexpr int64_t kWidth = 16;
 constexpr int64_t kMostBlocks = int64_t{1} << 20;
 // Each of the two packed operands; no more, as memory beside inputs and outputs is promised to be
-// little, and as the second-level cache of a large card holds about 50 MB.
+// little, and the second-level cache of a large card holds about 50 MB.
 constexpr int64_t kMostLinear = int64_t{1} << 25;
 constexpr int64_t kMostWeight = int64_t{1} << 25;
 constexpr int64_t kManyTiles = 128;  // about one for each multiprocessor of a large card
@@ -111,6 +112,8 @@ __device__ void store_piece(T* to, const T (&values)[kPiece<T>]) {
 }
 
 constexpr int kPackThreads = 256;
+constexpr int kPackPositions = 64;        // of a tile, by kDepth channels
+constexpr int64_t kPackBlocks = 1 << 10;  // about eight for each multiprocessor of a large card
 
 // packed[group, k, c_in, c_out]
 template <typename T>
@@ -147,72 +150,95 @@ struct LinearToPack {
   int64_t groups;
   int64_t channels;  // of a group
   int64_t positions;
+  int64_t slices;        // of a feature, each a block's work
   const T* conv_bias;    // or null
-  const T* linear_bias;  // of the chunk's first feature, or null
-  T* bias;               // likewise
+  Accumulate<T>* parts;  // [features, slices], of the fused bias
 };
 
-// packed[f, group, o, c_out], and the fused bias.
+// packed[f, group, o, c_out], and what each slice adds to the fused bias.
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads) pack_linear_kernel(LinearToPack<T> job) {
   using A = Accumulate<T>;
-  constexpr int kPositions = 64;
-  constexpr int kStride = kPositions + 2;  // so that a warp that reads a column meets no bank twice
-  constexpr int kThreadsDown = kPackThreads / kPositions;
-  static_assert(kPackThreads == kPositions * 4, "a thread stores one of the four pieces of a line");
+  constexpr int kStride = kPackPositions + 2;  // a warp that reads a column meets no bank twice
+  constexpr int kThreadsDown = kPackThreads / kPackPositions;
+  constexpr int kLoads = kDepth<T> / kThreadsDown;
+  static_assert(kPackThreads == kPackPositions * 4, "a thread stores one of a line's four pieces");
   __shared__ T tile[kDepth<T>][kStride];
-  __shared__ A partial[kPackThreads];
+  __shared__ A sums[kPackThreads];
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / kPositions;
-  const int column = thread % kPositions;
+  const int row = thread / kPackPositions;
+  const int column = thread % kPackPositions;
+  const int64_t tiles_across = (job.positions - 1) / kPackPositions + 1;
+  const int64_t tiles_down = job.depth / kDepth<T>;
+  const int64_t tiles = job.groups * tiles_down * tiles_across;
 
-  for (int64_t f = blockIdx.x; f < job.features; f += gridDim.x) {
+  for (int64_t block = blockIdx.x; block < job.features * job.slices; block += gridDim.x) {
+    const int64_t f = block / job.slices;
+    const int64_t first = block % job.slices * tiles / job.slices;
+    const int64_t stop = (block % job.slices + 1) * tiles / job.slices;
+    int64_t o = first % tiles_across * kPackPositions;
+    int64_t c_out = first / tiles_across % tiles_down * kDepth<T>;
+    int64_t group = first / tiles_across / tiles_down;
     A total = 0;
-    for (int64_t group = 0; group < job.groups; ++group) {
-      const int64_t first_channel = group * job.channels;
-      for (int64_t c_out = 0; c_out < job.depth; c_out += kDepth<T>) {
-        const auto channels = static_cast<int>(
-            job.channels - c_out < kDepth<T> ? job.channels - c_out : int64_t{kDepth<T>});
-        for (int64_t o = 0; o < job.positions; o += kPositions) {
-          const bool is_position = o + column < job.positions;
-          const T* from =
-              job.linear + f * job.feature_stride +
-              ((first_channel + c_out + row) * job.positions + o + column) * job.row_stride;
-          T values[kDepth<T> / kThreadsDown];
+    for (int64_t n = first; n < stop; ++n) {
+      const int64_t first_channel = group * job.channels + c_out;
+      const auto channels = static_cast<int>(job.channels - c_out < kDepth<T> ? job.channels - c_out
+                                                                              : int64_t{kDepth<T>});
+      const bool is_position = o + column < job.positions;
+      const T* from = job.linear + f * job.feature_stride +
+                      ((first_channel + row) * job.positions + o + column) * job.row_stride;
+      T values[kLoads];
 #pragma unroll
-          for (int n = 0; n < kDepth<T> / kThreadsDown; ++n) {
-            const bool is_there = is_position && row + n * kThreadsDown < channels;
-            values[n] = is_there ? *from : T{};
-            from += kThreadsDown * job.positions * job.row_stride;
-          }
-          __syncthreads();  // the tile before has been read
+      for (int m = 0; m < kLoads; ++m) {
+        const bool is_there = is_position && row + m * kThreadsDown < channels;
+        values[m] = is_there ? *from : T{};
+        from += kThreadsDown * job.positions * job.row_stride;
+      }
+      __syncthreads();  // the tile before has been read
 #pragma unroll
-          for (int n = 0; n < kDepth<T> / kThreadsDown; ++n) {
-            const int channel = row + n * kThreadsDown;
-            tile[channel][column] = values[n];
-            if (job.conv_bias != nullptr && channel < channels) {
-              total += static_cast<A>(values[n]) *
-                       static_cast<A>(job.conv_bias[first_channel + c_out + channel]);
-            }
-          }
-          __syncthreads();
-          const int place = thread / 4;
-          const int piece = thread % 4 * kPiece<T>;
-          if (o + place < job.positions) {
-            T line[kPiece<T>];
-#pragma unroll
-            for (int n = 0; n < kPiece<T>; ++n) line[n] = tile[piece + n][place];
-            const int64_t to = ((f * job.groups + group) * job.positions + o + place) * job.depth;
-            store_piece(job.packed + to + c_out + piece, line);
-          }
+      for (int m = 0; m < kLoads; ++m) {
+        const int channel = row + m * kThreadsDown;
+        tile[channel][column] = values[m];
+        if (job.conv_bias != nullptr && is_position && channel < channels) {
+          total +=
+              static_cast<A>(values[m]) * static_cast<A>(job.conv_bias[first_channel + channel]);
         }
       }
+      __syncthreads();
+      const int line = thread / 4;
+      const int c = thread % 4 * kPiece<T>;
+      if (o + line < job.positions) {
+        T piece[kPiece<T>];
+#pragma unroll
+        for (int m = 0; m < kPiece<T>; ++m) piece[m] = tile[c + m][line];
+        const int64_t to = ((f * job.groups + group) * job.positions + o + line) * job.depth;
+        store_piece(job.packed + to + c_out + c, piece);
+      }
+      o += kPackPositions;
+      if (o < job.positions) continue;
+      o = 0;
+      c_out += kDepth<T>;
+      if (c_out < job.depth) continue;
+      c_out = 0;
+      ++group;
     }
-    total = block_sum<kPackThreads>(total, partial);
-    if (thread == 0) {
-      const A linear_bias = job.linear_bias != nullptr ? static_cast<A>(job.linear_bias[f]) : A{0};
-      job.bias[f] = static_cast<T>(total + linear_bias);
-    }
+    total = block_sum<kPackThreads>(total, sums);
+    if (thread == 0) job.parts[block] = total;
+  }
+}
+
+// bias[f] = linear_bias[f] + the sum of its parts
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads)
+    add_parts_kernel(int64_t features, int64_t slices, const Accumulate<T>* parts,
+                     const T* linear_bias, T* bias) {
+  using A = Accumulate<T>;
+  for (int64_t f = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x; f < features;
+       f += static_cast<int64_t>(gridDim.x) * kPackThreads) {
+    A total = 0;
+    for (int64_t n = 0; n < slices; ++n) total += parts[f * slices + n];
+    bias[f] =
+        static_cast<T>(total + (linear_bias != nullptr ? static_cast<A>(linear_bias[f]) : A{0}));
   }
 }
 
@@ -221,7 +247,13 @@ __global__ void __launch_bounds__(kPackThreads) pack_linear_kernel(LinearToPack<
 struct Item {
   bool is_there;
   int64_t f;
-  Position i;
+  Position n;  // among the positions of the class
+
+  LINFUSE_HD Position i(const Classes& classes, const Class& c) const {
+    Position i;
+    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + n.at[a] * classes.step[a];
+    return i;
+  }
 };
 
 // The items of one class.
@@ -235,17 +267,16 @@ struct Items {
         width((c.count[2] + segments - 1) / segments),
         count(c.count[0] * c.count[1] * segments * width * features) {}
 
-  LINFUSE_HD Item at(int64_t item, const Classes& classes, const Class& c, int64_t features) const {
-    const int64_t segment = item / width / features;
-    const int64_t place = segment % segments * width + item % width;
+  LINFUSE_HD Item at(int64_t number, const Class& c, int64_t features) const {
+    const int64_t segment = number / width / features;
     const int64_t outer = segment / segments;
-    Item found;
-    found.is_there = item < count && place < c.count[2];
-    found.f = item / width % features;
-    found.i.at[0] = c.first[0] + outer / c.count[1] * classes.step[0];
-    found.i.at[1] = c.first[1] + outer % c.count[1] * classes.step[1];
-    found.i.at[2] = c.first[2] + place * classes.step[2];
-    return found;
+    Item item;
+    item.f = number / width % features;
+    item.n.at[0] = outer / c.count[1];
+    item.n.at[1] = outer % c.count[1];
+    item.n.at[2] = segment % segments * width + number % width;
+    item.is_there = number < count && item.n.at[2] < c.count[2];
+    return item;
   }
 };
 
@@ -271,6 +302,7 @@ template <typename T>
 struct Problem {
   Geometry geometry;
   Classes classes;
+  bool repeats;     // whether padding repeats input positions
   const T* linear;  // packed, of the chunk
   const T* weight;  // packed
   T* fused;         // of the chunk's first feature
@@ -286,10 +318,37 @@ struct Tile {
   int64_t first_c_in;
 };
 
+// A block's shared memory beside its panels. The tile is here as registers are for sums.
+template <int kItems>
+struct Tables {
+  Tile tile;
+  Shift shift[kSlots];
+  int64_t to[kItems];               // where the items' elements of channel 0 go, -1 for none
+  int32_t line_of[kSlots][kItems];  // where an item's line begins, -1 where there is none
+  int32_t kernel_of[kSlots];        // where the weight's lines of the tile begin
+};
+
 template <typename T>
 __device__ Item item_of(const Problem<T>& problem, const Tile& tile, int n) {
-  return Items(tile.c, problem.features)
-      .at(tile.first_item + n, problem.classes, tile.c, problem.features);
+  return Items(tile.c, problem.features).at(tile.first_item + n, tile.c, problem.features);
+}
+
+// The output that a slot ties an item to, -1 where there is none.
+template <typename T>
+__device__ int64_t out_of(const Problem<T>& problem, const Tile& tile, const Item& item,
+                          const Shift& shift, const Position& slot) {
+  const Geometry& g = problem.geometry;
+  if (!item.is_there) return -1;
+  if (problem.repeats) {
+    return problem.classes.tap(g, tile.c, item.i(problem.classes, tile.c), slot).o;
+  }
+  int64_t o = 0;
+  for (int a = 0; a < kAxes; ++a) {
+    const int64_t at = shift.out[a] + item.n.at[a] * Classes::out_step(g, a);
+    if (at < 0 || at >= g.axis[a].out) return -1;
+    o = o * g.axis[a].out + at;
+  }
+  return o;
 }
 
 template <typename T, typename Shape>
@@ -300,20 +359,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
   constexpr int kItems = Shape::kItems;
   constexpr int kRowsAtOnce = Shape::kThreads / 4;  // a thread copies one of a row's four pieces
   static_assert(kItems % kRowsAtOnce == 0 && Shape::kChannels % kRowsAtOnce == 0, "all copy alike");
+  static_assert(kStages >= 2, "what a step reads of the tables is read before its last barrier");
 
   extern __shared__ __align__(kPieceBytes) unsigned char panels[];
-  __shared__ int32_t
-      line_of[kSlots][kItems];           // where an item's line begins, -1 where there is none
-  __shared__ int32_t kernel_of[kSlots];  // where the weight's lines of the tile begin
-  __shared__ Tile place;                 // in memory, as registers are for sums
-  __shared__ int64_t to[kItems];         // where the items' elements of channel 0 go, -1 for none
+  __shared__ Tables<kItems> tables;
 
   const Geometry& g = problem.geometry;
+  const Tile& tile = tables.tile;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp_row = thread / 32 / Shape::kWarpsAcross * Product::kRows;
   const int warp_col = thread / 32 % Shape::kWarpsAcross * Product::kCols;
-  const int piece = thread % 4 * kPiece<T>;
+  const int row_at_once = thread / 4;
+  const int within = thread % 4 * kPiece<T>;  // a row
   const int64_t in_channels = g.in_channels_per_group();
   const auto depth = static_cast<int>(problem.depth);
   const auto panel_a = [&](int stage) {
@@ -321,46 +379,54 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
   };
   const auto panel_b = [&](int stage) { return panel_a(stage) + PanelA::kSize; };
 
-  for (int64_t tile = blockIdx.x; tile < problem.tiles.count; tile += gridDim.x) {
-    __syncthreads();  // the tile before has read `place` and `to`
+  for (int64_t number = blockIdx.x; number < problem.tiles.count; number += gridDim.x) {
+    __syncthreads();  // the tile before has been written
     if (thread == 0) {
-      const int64_t rest = tile / problem.tiles.across;
-      place.first_c_in = tile % problem.tiles.across * Shape::kChannels;
-      place.c = problem.classes.at(g, rest % problem.classes.count());
+      const int64_t rest = number / problem.tiles.across;
       const int64_t down = rest / problem.classes.count();
-      place.first_item = down % problem.tiles.down * kItems;
-      place.group = down / problem.tiles.down;
+      tables.tile.first_c_in = number % problem.tiles.across * Shape::kChannels;
+      tables.tile.c = problem.classes.at(g, rest % problem.classes.count());
+      tables.tile.first_item = down % problem.tiles.down * kItems;
+      tables.tile.group = down / problem.tiles.down;
     }
     __syncthreads();
     for (int n = thread; n < kItems; n += Shape::kThreads) {
-      const Item item = item_of(problem, place, n);
-      const int64_t first_c_out = place.group * g.out_channels_per_group();
-      to[n] =
-          item.is_there ? item.f * g.cols() + g.column(first_c_out, place.first_c_in, item.i) : -1;
+      const Item item = item_of(problem, tile, n);
+      const int64_t column = g.column(tile.group * g.out_channels_per_group(), tile.first_c_in,
+                                      item.i(problem.classes, tile.c));
+      tables.to[n] = item.is_there ? item.f * g.cols() + column : -1;
     }
 
     float sums[Product::kSums] = {};
-    for (int64_t first_slot = 0; first_slot < problem.classes.slot_count(g, place.c);
+    for (int64_t first_slot = 0; first_slot < problem.classes.slot_count(g, tile.c);
          first_slot += kSlots) {
-      // Steps behind a barrier read neither table, and the votes below are barriers for the panels.
-      const Position slots = problem.classes.slots(g, place.c);
-      const int64_t slots_left = problem.classes.slot_count(g, place.c) - first_slot;
+      const Position slots = problem.classes.slots(g, tile.c);
+      const int64_t slots_left = problem.classes.slot_count(g, tile.c) - first_slot;
       const int slots_here = slots_left < kSlots ? static_cast<int>(slots_left) : kSlots;
-      uint32_t taps = 0;  // a bit for each slot that is a tap of any item here
+      const auto slot_at = [&](int n) { return unravel(first_slot + n, slots.at[1], slots.at[2]); };
+      // The round before reads its tables ahead of its last step's barrier.
+      if (thread < slots_here) {
+        Shift& shift = tables.shift[thread];
+        if (problem.repeats) {
+          shift.k = problem.classes.tap(g, tile.c, {}, slot_at(thread)).k;
+        } else {
+          shift = problem.classes.shift(g, tile.c, slot_at(thread));
+        }
+        const int64_t kernel = tile.group * g.kernel_positions() + shift.k;
+        tables.kernel_of[thread] =
+            static_cast<int32_t>((kernel * in_channels + tile.first_c_in) * depth);
+      }
+      __syncthreads();
+      uint32_t taps = 0;  // a bit for each slot that is a tap of one of its items
 #pragma unroll 1
       for (int n = thread; n < kItems; n += Shape::kThreads) {
-        const Item item = item_of(problem, place, n);
+        const Item item = item_of(problem, tile, n);
+        const int64_t first_line = (item.f * g.groups + tile.group) * g.out_positions();
 #pragma unroll 1
         for (int slot = 0; slot < slots_here; ++slot) {
-          const Tap tap = problem.classes.tap(g, place.c, item.i,
-                                              unravel(first_slot + slot, slots.at[1], slots.at[2]));
-          const bool is_tap = item.is_there && tap.o >= 0;
-          const int64_t line = (item.f * g.groups + place.group) * g.out_positions() + tap.o;
-          line_of[slot][n] = is_tap ? static_cast<int32_t>(line * depth) : -1;
-          if (is_tap) taps |= uint32_t{1} << slot;
-          if (n != 0) continue;
-          const int64_t kernel = place.group * g.kernel_positions() + tap.k;
-          kernel_of[slot] = static_cast<int32_t>((kernel * in_channels + place.first_c_in) * depth);
+          const int64_t o = out_of(problem, tile, item, tables.shift[slot], slot_at(slot));
+          tables.line_of[slot][n] = o >= 0 ? static_cast<int32_t>((first_line + o) * depth) : -1;
+          if (o >= 0) taps |= uint32_t{1} << slot;
         }
       }
       int steps = 0;
@@ -377,25 +443,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
       AsyncCopies copies;
       uint32_t left = voted;
       int c_out = steps > 0 ? 0 : depth;
-      const auto channels = static_cast<int>(in_channels - place.first_c_in);
+      const auto channels = static_cast<int>(in_channels - tile.first_c_in);
       const auto begin = [&](int stage) {
         if (c_out < depth) {
           const int slot = __ffs(static_cast<int>(left)) - 1;
-          const T* const from = problem.linear + c_out + piece;
+          const T* const lines = problem.linear + c_out + within;
           T* const a = panel_a(stage);
 #pragma unroll
-          for (int row = 0; row < kItems; row += kRowsAtOnce) {
-            const int32_t line = line_of[slot][row + thread / 4];
-            copies.copy(a + PanelA::at(row + thread / 4, piece), from + (line < 0 ? 0 : line),
-                        line >= 0);
+          for (int n = 0; n < kItems; n += kRowsAtOnce) {
+            const int row = n + row_at_once;
+            const int32_t line = tables.line_of[slot][row];
+            copies.copy(a + PanelA::at(row, within), lines + (line < 0 ? 0 : line), line >= 0);
           }
-          const T* const kernels = problem.weight + kernel_of[slot] + c_out + piece;
+          const T* const kernels = problem.weight + tables.kernel_of[slot] + c_out + within;
           T* const b = panel_b(stage);
 #pragma unroll
-          for (int row = 0; row < Shape::kChannels; row += kRowsAtOnce) {
-            const int channel = row + thread / 4;
-            const bool is_there = channel < channels;
-            copies.copy(b + PanelB::at(channel, piece), kernels + (is_there ? channel * depth : 0),
+          for (int n = 0; n < Shape::kChannels; n += kRowsAtOnce) {
+            const int row = n + row_at_once;
+            const bool is_there = row < channels;
+            copies.copy(b + PanelB::at(row, within), kernels + (is_there ? row * depth : 0),
                         is_there);
           }
           left &= left - 1;
@@ -421,7 +487,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
     }
 
     __syncthreads();  // `to` is there, even if there was no step
-    write_sums<Product>(sums, warp_row, warp_col, lane, to, in_channels - place.first_c_in,
+    write_sums<Product>(sums, warp_row, warp_col, lane, tables.to, in_channels - tile.first_c_in,
                         g.in_positions(), problem.fused);
   }
 }
@@ -429,19 +495,26 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
 // --- launching ----------------------------------------------------------------------------------
 
 template <typename T, typename Shape>
+constexpr int kPanelBytes =
+    kStages * (Shape::PanelA::kSize + Shape::PanelB::kSize) * static_cast<int>(sizeof(T));
+
+template <typename T, typename Shape>
 cudaError_t launch_product(Problem<T> problem, cudaStream_t stream) {
-  constexpr int kBytes =
-      kStages * (Shape::PanelA::kSize + Shape::PanelB::kSize) * static_cast<int>(sizeof(T));
+  constexpr int kBytes = kPanelBytes<T, Shape>;
   problem.tiles = tiles_of<Shape>(problem.geometry, problem.features);
   const auto kernel = product_kernel<T, Shape>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // or the next one who asks would be told of it
+    return error;
+  }
   kernel<<<grid_of(problem.tiles.count), Shape::kThreads, kBytes, stream>>>(problem);
   return cudaGetLastError();
 }
 
-// How many features are packed at a time: as many as fit, in chunks of about one size.
+// How many features are packed at a time: as many as fit, one at least, in chunks of about one
+// size.
 int64_t chunk_of(int64_t features, int64_t bytes_of_feature, int64_t most_bytes) {
   const int64_t most = std::max(int64_t{1}, most_bytes / bytes_of_feature);
   const int64_t chunks = (features + most - 1) / most;
@@ -451,11 +524,13 @@ int64_t chunk_of(int64_t features, int64_t bytes_of_feature, int64_t most_bytes)
 template <typename T>
 struct PackedSizes {
   int64_t depth;
+  int64_t tiles;    // of a feature, to pack
   int64_t feature;  // bytes
   int64_t weight;   // bytes
 
   explicit PackedSizes(const Geometry& g)
       : depth(depth_of(g, kDepth<T>)),
+        tiles(g.groups * (depth / kDepth<T>)*((g.out_positions() - 1) / kPackPositions + 1)),
         feature(g.groups * g.out_positions() * depth * static_cast<int64_t>(sizeof(T))),
         weight(g.groups * g.kernel_positions() * g.in_channels_per_group() * depth *
                static_cast<int64_t>(sizeof(T))) {}
@@ -464,11 +539,14 @@ struct PackedSizes {
 template <typename T>
 cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
                    const Allocate& allocate, int64_t most_bytes) {
+  using A = Accumulate<T>;
   const Geometry& g = params.geometry;
   const PackedSizes<T> sizes(g);
   const int64_t chunk = chunk_of(params.features, sizes.feature, most_bytes);
+  const int64_t slices = std::min((kPackBlocks - 1) / chunk + 1, sizes.tiles);
   auto* const linear = static_cast<T*>(allocate(chunk * sizes.feature));
   auto* const weight = static_cast<T*>(allocate(sizes.weight));
+  auto* const parts = static_cast<A*>(allocate(chunk * slices * static_cast<int64_t>(sizeof(A))));
 
   const int64_t pieces = sizes.weight / kPieceBytes;
   pack_weight_kernel<T><<<grid_of((pieces - 1) / kPackThreads + 1), kPackThreads, 0, stream>>>(
@@ -483,44 +561,68 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   job.groups = g.groups;
   job.channels = g.out_channels_per_group();
   job.positions = g.out_positions();
+  job.slices = slices;
   job.conv_bias = static_cast<const T*>(params.conv_bias);
+  job.parts = parts;
   Problem<T> problem{};
   problem.geometry = g;
   problem.classes = classes_of(g);
+  problem.repeats = g.taps_may_collide();
   problem.linear = linear;
   problem.weight = weight;
   problem.depth = sizes.depth;
   for (int64_t f = 0; f < params.features && error == cudaSuccess; f += chunk) {
     job.features = problem.features = std::min(chunk, params.features - f);
     job.linear = static_cast<const T*>(params.linear_weight) + f * job.feature_stride;
-    job.linear_bias =
-        params.linear_bias == nullptr ? nullptr : static_cast<const T*>(params.linear_bias) + f;
-    job.bias = static_cast<T*>(params.bias) + f;
-    problem.fused = static_cast<T*>(params.weight) + f * g.cols();
-    pack_linear_kernel<T><<<grid_of(job.features), kPackThreads, 0, stream>>>(job);
+    pack_linear_kernel<T><<<grid_of(job.features * slices), kPackThreads, 0, stream>>>(job);
     error = cudaGetLastError();
     if (error != cudaSuccess) break;
+    const auto* const linear_bias =
+        params.linear_bias == nullptr ? nullptr : static_cast<const T*>(params.linear_bias) + f;
+    add_parts_kernel<T>
+        <<<grid_of((job.features - 1) / kPackThreads + 1), kPackThreads, 0, stream>>>(
+            job.features, slices, parts, linear_bias, static_cast<T*>(params.bias) + f);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) break;
+    problem.fused = static_cast<T*>(params.weight) + f * g.cols();
     error = with_shape<T>(
         g, [&](auto shape) { return launch_product<T, decltype(shape)>(problem, stream); });
   }
   return error;
 }
 
-// Worth packing: lines that are not mostly filling, and enough tiles for everyone. Otherwise, and
-// where a feature's lines or the weight's are too much to hold, there are the ways without memory.
+// Whether the current card has the tensor cores and can give a block its memory.
+bool card_can(int64_t shared_bytes) {
+  int device = 0;
+  int major = 0;
+  int most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         major >= 8 && shared_bytes <= most;
+}
+
+// Worth packing: lines that are not mostly filling, and full tiles enough for everyone. Otherwise,
+// and where a feature's lines or the weight's are too much to hold, there are the ways without
+// memory.
 template <typename T>
 bool pays(const FuseConvLinearParams& params) {
   constexpr int64_t kLeastChannels = 16;
   const Geometry& g = params.geometry;
   const PackedSizes<T> sizes(g);
-  if (g.in_channels_per_group() < kLeastChannels ||
+  if (params.features == 0 || g.in_channels_per_group() < kLeastChannels ||
       g.out_channels_per_group() * 3 < sizes.depth * 2 || sizes.feature > kMostLinear ||
       sizes.weight > kMostWeight) {
     return false;
   }
   const int64_t chunk = chunk_of(params.features, sizes.feature, kMostLinear);
-  return with_shape<T>(
-      g, [&](auto shape) { return tiles_of<decltype(shape)>(g, chunk).count >= kManyTiles; });
+  return with_shape<T>(g, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int64_t items = chunk * g.in_positions() * g.groups;
+    return tiles_of<Shape>(g, chunk).across * items >= kManyTiles * Shape::kItems &&
+           card_can(kPanelBytes<T, Shape> + sizeof(Tables<Shape::kItems>));
+  });
 }
 
 // Calls visit(T{}) for the types that go this way, and returns `other` for double, whose tensor

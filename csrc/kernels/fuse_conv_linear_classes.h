@@ -28,6 +28,11 @@ struct Tap {
   int64_t k;
 };
 
+struct Shift {
+  int64_t out[kAxes];
+  int64_t k;
+};
+
 struct Classes {
   int64_t step[kAxes];         // from one position of a class to the next
   int64_t kernel_step[kAxes];  // from one kernel element that reaches a class to the next
@@ -65,6 +70,30 @@ struct Classes {
   LINFUSE_HD int64_t slot_count(const Geometry& g, const Class& c) const {
     const Position all = slots(g, c);
     return all.at[0] * all.at[1] * all.at[2];
+  }
+
+  // Where the padding repeats nothing, a slot ties position first + n * step of its class, on each
+  // axis, to output out + n * out_step(); to none where that is beyond the outputs.
+  LINFUSE_HD Shift shift(const Geometry& g, const Class& c, const Position& slot) const {
+    constexpr int64_t kNowhere = INT64_MIN / 2;
+    Shift shift;
+    shift.k = 0;
+    for (int a = 0; a < kAxes; ++a) {
+      const Axis& axis = g.axis[a];
+      const int64_t k = c.first_kernel[a] + slot.at[a] * kernel_step[a];
+      shift.k = shift.k * axis.kernel + k;
+      if (g.transposed) {
+        shift.out[a] = k * axis.dilation - axis.pad_low;
+      } else {
+        const int64_t reach = c.first[a] + axis.pad_low - k * axis.dilation;
+        shift.out[a] = reach % axis.stride == 0 ? reach / axis.stride : kNowhere;
+      }
+    }
+    return shift;
+  }
+
+  LINFUSE_HD static int64_t out_step(const Geometry& g, int a) {
+    return g.transposed ? g.axis[a].stride : 1;
   }
 
   // What a slot of the class ties the input position i to.

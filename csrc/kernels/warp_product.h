@@ -38,27 +38,29 @@ struct PanelByDepth {
   }
 };
 
-// Rows of kDepth, padded by 16 bytes: 8 rows of 16 bytes meet no bank twice.
+// Rows of kDepth, which is four pieces of 16 bytes, in an order that changes every second row: the
+// same piece of 8 rows, or all of two rows, meets no bank twice.
 template <typename T, int kRowCount>
 struct PanelByRow {
   static constexpr int kRows = kRowCount;
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
-  static constexpr int kStride = kDepth + 16 / static_cast<int>(sizeof(T));
-  static constexpr int kSize = kRows * kStride;
-  LINFUSE_HD static constexpr int at(int row, int k) { return row * kStride + k; }
+  static constexpr int kSize = kRows * kDepth;
+  static constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
+  LINFUSE_HD static constexpr int at(int row, int k) {
+    return row * kDepth + ((k / kPiece) ^ (row / 2 % 4)) * kPiece + k % kPiece;
+  }
 
   template <int count>
   LINFUSE_HD static void store(T* panel, int row, int k, const T (&values)[count]) {
-    constexpr int kPiece =
-        count * sizeof(T) < kPieceBytes ? count : kPieceBytes / static_cast<int>(sizeof(T));
-    struct alignas(kPiece * sizeof(T)) Values {
-      T at[kPiece];
+    constexpr int kAtOnce = count < kPiece ? count : kPiece;
+    struct alignas(kAtOnce * sizeof(T)) Values {
+      T at[kAtOnce];
     };
 #pragma unroll
-    for (int n = 0; n < count; n += kPiece) {
+    for (int n = 0; n < count; n += kAtOnce) {
       Values piece;
 #pragma unroll
-      for (int m = 0; m < kPiece; ++m) piece.at[m] = values[n + m];
+      for (int m = 0; m < kAtOnce; ++m) piece.at[m] = values[n + m];
       *reinterpret_cast<Values*>(panel + at(row, k + n)) = piece;
     }
   }
@@ -248,7 +250,8 @@ struct HalfProduct : PieceProduct<kDown, kAcross> {
 };
 
 // A float as two numbers of 11 significant bits, which tensor cores take: the nearest, and what is
-// then left, of which they lose a bit at most. Neither is finite where a float is not.
+// then left, rounded as well; together they are off by 2^-24 of it at most. Where the float is not
+// finite, or would round to what is not, one of them is no number.
 struct Split {
   uint32_t big;
   uint32_t small;
@@ -256,7 +259,7 @@ struct Split {
   LINFUSE_HD explicit Split(float value) {
     constexpr uint32_t kSeen = 0xffffe000;
     big = (bits_of(value) + 0x1000) & kSeen;
-    small = bits_of(value - float_of(big)) & kSeen;
+    small = (bits_of(value - float_of(big)) + 0x1000) & kSeen;
   }
 };
 
@@ -268,8 +271,10 @@ template <int kDown, int kAcross>
 struct WarpProduct<BFloat16, kDown, kAcross> : detail::HalfProduct<BFloat16, kDown, kAcross> {};
 
 // float32 on tensor cores: big * big and both mixed products of each pair. Without the fourth, a
-// product is off by 2^-22 of itself at most, and as often up as down. Tensor cores cut their sums
-// off in place of rounding them, so theirs are of one step and added up by FADD.
+// product is off by about 2^-22 of itself at most, and as often up as down. Tensor cores cut their
+// sums off in place of rounding them, so theirs are of one step and added up by FADD. Unlike with
+// FMA, infinities and what lies within 2^-12 of the largest float make NaN, and below 2^-113 fewer
+// bits are kept.
 template <int kDown, int kAcross>
 struct SplitProduct : detail::PieceProduct<kDown, kAcross> {
   using Tile = detail::PieceProduct<kDown, kAcross>;

@@ -26,6 +26,8 @@ class Schedule:
     seed: int = 0
     most_blocks: int = 0
     without_barrier: int = 0
+    capability: int = 8
+    shared_bytes: int = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ class Kernels:
             ctypes.c_uint64(schedule.seed),
             schedule.most_blocks,
             schedule.without_barrier,
+            schedule.capability,
+            schedule.shared_bytes,
         )
         first = ctypes.byref(what) if isinstance(what, _CProblem) else what
         message = getattr(self._library, name)(first, *inputs, *map(_pointer, outputs))

@@ -128,9 +128,10 @@ const char* text_of(const std::function<cudaError_t()>& run) {
 
 extern "C" {
 
-void set_schedule(int order, uint64_t seed, unsigned most_blocks, int without_barrier) {
-  cuda_on_cpu::set_schedule(
-      {static_cast<cuda_on_cpu::Order>(order), seed, most_blocks, without_barrier});
+void set_schedule(int order, uint64_t seed, unsigned most_blocks, int without_barrier,
+                  int capability, int shared_bytes) {
+  cuda_on_cpu::set_schedule({static_cast<cuda_on_cpu::Order>(order), seed, most_blocks,
+                             without_barrier, capability, shared_bytes});
 }
 
 // weight as the problem says, bias [C_out] or null  ->  matrix [rows, cols], offset [rows]

@@ -10,6 +10,14 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
 using cudaStream_t = struct CUstream_st*;  // launches run at once, in the order they are made
 
 // Returns the first error since the last call, and forgets it.

@@ -24,7 +24,6 @@ namespace {
 
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of variables; more needs dynamic shared memory
-constexpr size_t kMostOfBlock = 163 * 1024;     // of a card of compute capability 8.0, all together
 
 Schedule schedule;
 std::mt19937_64 shuffler;
@@ -119,7 +118,7 @@ LaunchConfig::LaunchConfig(dim3 grid, dim3 block, size_t shared_bytes, cudaStrea
     : grid(grid), block(block), shared_bytes(shared_bytes) {}
 
 cudaError_t allow_shared(const void* key, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > kMostOfBlock) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > schedule.shared_bytes) return last_error = cudaErrorInvalidValue;
   allowed_shared[key] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
@@ -147,6 +146,7 @@ void run_grid(const char* kernel, const void* key, const LaunchConfig& config,
     blockIdx = unravel(block, gridDim);
     place = std::string(kernel) + ", block " + std::to_string(block);
     run_block(static_cast<unsigned>(count), body, &thread_order);
+    if (last_error != cudaSuccess) break;
   }
 }
 
@@ -158,7 +158,8 @@ void* shared_memory(const void* key, const char* name, size_t bytes, size_t alig
       if (other_key != &dynamic_key) total += variable.bytes();
     }
     if (total > kMostSharedBytes) report("more than 48 KB of shared variables");
-    if (total + shared_bytes > kMostOfBlock) report("more shared memory than a block may have");
+    if (total + shared_bytes > static_cast<size_t>(schedule.shared_bytes))
+      report("more shared memory than a block may have");
   }
   return entry->second.data();
 }
@@ -183,6 +184,18 @@ int __syncthreads_or(int predicate, int line) {
   return vote;
 }
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  using namespace cuda_on_cpu;
+  *value =
+      attribute == cudaDevAttrComputeCapabilityMajor ? schedule.capability : schedule.shared_bytes;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = cuda_on_cpu::last_error;
   cuda_on_cpu::last_error = cudaSuccess;
@@ -195,6 +208,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorLaunchFailure:
       break;
   }
