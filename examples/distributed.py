@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for how in (by_fsdp, by_tensor_parallelism):
         say(f"\n{(how.__doc__ or '').splitlines()[0]}")
         how(mesh, images, options)
+    dist.barrier()  # nobody hangs up while another process still has an answer to wait for
     dist.destroy_process_group()
 
 

@@ -333,14 +333,15 @@ __device__ Item item_of(const Problem<T>& problem, const Tile& tile, int n) {
   return Items(tile.c, problem.features).at(tile.first_item + n, tile.c, problem.features);
 }
 
-// The output that a slot ties an item to, -1 where there is none.
+// The output that slot number `slot` of `slots` ties an item to, -1 where there is none.
 template <typename T>
 __device__ int64_t out_of(const Problem<T>& problem, const Tile& tile, const Item& item,
-                          const Shift& shift, const Position& slot) {
+                          const Shift& shift, int64_t slot, const Position& slots) {
   const Geometry& g = problem.geometry;
   if (!item.is_there) return -1;
   if (problem.repeats) {
-    return problem.classes.tap(g, tile.c, item.i(problem.classes, tile.c), slot).o;
+    const Position at = unravel(slot, slots.at[1], slots.at[2]);
+    return problem.classes.tap(g, tile.c, item.i(problem.classes, tile.c), at).o;
   }
   int64_t o = 0;
   for (int a = 0; a < kAxes; ++a) {
@@ -403,14 +404,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
       const Position slots = problem.classes.slots(g, tile.c);
       const int64_t slots_left = problem.classes.slot_count(g, tile.c) - first_slot;
       const int slots_here = slots_left < kSlots ? static_cast<int>(slots_left) : kSlots;
-      const auto slot_at = [&](int n) { return unravel(first_slot + n, slots.at[1], slots.at[2]); };
       // The round before reads its tables ahead of its last step's barrier.
       if (thread < slots_here) {
         Shift& shift = tables.shift[thread];
+        const Position slot = unravel(first_slot + thread, slots.at[1], slots.at[2]);
         if (problem.repeats) {
-          shift.k = problem.classes.tap(g, tile.c, {}, slot_at(thread)).k;
+          shift.k = problem.classes.tap(g, tile.c, {}, slot).k;
         } else {
-          shift = problem.classes.shift(g, tile.c, slot_at(thread));
+          shift = problem.classes.shift(g, tile.c, slot);
         }
         const int64_t kernel = tile.group * g.kernel_positions() + shift.k;
         tables.kernel_of[thread] =
@@ -424,7 +425,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
         const int64_t first_line = (item.f * g.groups + tile.group) * g.out_positions();
 #pragma unroll 1
         for (int slot = 0; slot < slots_here; ++slot) {
-          const int64_t o = out_of(problem, tile, item, tables.shift[slot], slot_at(slot));
+          const int64_t o =
+              out_of(problem, tile, item, tables.shift[slot], first_slot + slot, slots);
           tables.line_of[slot][n] = o >= 0 ? static_cast<int32_t>((first_line + o) * depth) : -1;
           if (o >= 0) taps |= uint32_t{1} << slot;
         }
