@@ -359,6 +359,15 @@ def test_fuse_conv_linear(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
         check(case, dtype, call, run(kernels, call))
 
 
+PACKED = "fuse_conv_linear_by_packed_cuda.cu"
+
+
+def barriers_of(source: str) -> list[int]:
+    """The lines of a source's barriers."""
+    lines = (CSRC / "kernels" / source).read_text().splitlines()
+    return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+
+
 MUCH = Case("much", "enough for packing", (16, 17, 1, 1), (32, 32))
 
 
@@ -373,10 +382,7 @@ def test_much_work_is_packed_where_the_card_can(kernels: Kernels, card: dict, pa
     linear = whole_numbers((33, MUCH.geometry().rows), seed=2)
     operands = to_numpy(weight.float()), None, to_numpy(linear.float()), None
     # Without the barrier of its steps nothing but the packed product fails.
-    lines = (CSRC / "kernels/fuse_conv_linear_by_packed_cuda.cu").read_text().splitlines()
-    line = next(n for n, text in enumerate(lines, 1) if "copies.template wait<" in text) + 1
-    assert "__syncthreads()" in lines[line - 1]
-    broken = Schedule(**card, without_barrier=line)
+    broken = Schedule(**card, without_barrier=barriers_of(PACKED)[5])
     if packs:
         with pytest.raises(KernelError, match=r"race|uninitialised"):
             kernels.fuse_conv_linear(broken, problem, "auto", *operands)
@@ -404,10 +410,8 @@ def test_slices_of_several_tiles(kernels: Kernels) -> None:
     made = kernels.fuse_conv_linear(SCHEDULES[1], problem, "packed", *operands)
     for output, wanted in zip(made, exact, strict=True):
         assert torch.equal(to_torch(output, torch.float32), wanted.float())
-    lines = (CSRC / "kernels/fuse_conv_linear_by_packed_cuda.cu").read_text().splitlines()
-    line = next(n for n, text in enumerate(lines, 1) if "__syncthreads()" in text)
+    broken = Schedule("reverse", without_barrier=barriers_of(PACKED)[0])
     with pytest.raises(KernelError, match="race"):
-        broken = Schedule("reverse", without_barrier=line)
         kernels.fuse_conv_linear(broken, problem, "packed", *operands)
 
 
@@ -526,18 +530,16 @@ def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> 
         ("fuse_conv_linear_by_tile_cuda.cu", 1, fused_by_tile_call),
         # The first has a test of its own. Without the fourth, others divide by sizes that are not
         # there yet.
-        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (1, 2)),
-        *(("fuse_conv_linear_by_packed_cuda.cu", n, fused_by_packed_call) for n in (4, 5, 6)),
+        *((PACKED, n, fused_by_packed_call) for n in (1, 2, 4, 5, 6)),
     ],
 )
 def test_taking_a_barrier_away_is_noticed(
     kernels: Kernels, source: str, barrier: int, make_call: Callable[..., Call]
 ) -> None:
-    lines = (CSRC / "kernels" / source).read_text().splitlines()
-    barriers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
     packed = make_call is fused_by_packed_call
     case = LARGE_TILES[0] if packed else BY_NAME["same3x3"]  # several tiles of both kinds
-    call = make_call(case, torch.float32, Schedule("reverse", without_barrier=barriers[barrier]))
+    schedule = Schedule("reverse", without_barrier=barriers_of(source)[barrier])
+    call = make_call(case, torch.float32, schedule)
     with pytest.raises(KernelError, match=r"race|uninitialised"):
         run(kernels, call)
 

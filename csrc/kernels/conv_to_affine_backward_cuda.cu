@@ -7,6 +7,7 @@
 // Memory: each tap is read once, from a row of its own; nothing else of grad_matrix is touched.
 #include "block_sum.h"
 #include "conv_to_affine_backward.h"
+#include "grid_size.h"
 
 namespace linfuse {
 namespace {
@@ -55,12 +56,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch(const ConvToAffineBackwardParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
   const Geometry& g = params.geometry;
   const int64_t elements = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
   const int64_t rows = params.row_stop - params.row_start;
-  const auto blocks = static_cast<unsigned>(elements < kMostBlocks ? elements : kMostBlocks);
-  conv_to_affine_backward_kernel<T><<<blocks, kThreads, 0, stream>>>(
+  conv_to_affine_backward_kernel<T><<<grid_of(elements), kThreads, 0, stream>>>(
       g, static_cast<const T*>(params.grad_matrix), static_cast<T*>(params.grad_weight),
       params.row_start, rows, elements);
   return cudaGetLastError();

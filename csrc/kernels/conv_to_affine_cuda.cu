@@ -15,6 +15,7 @@
 // Shared memory: 16 KB a block, so that eight blocks of 256 threads fill a multiprocessor.
 // Not handled here: empty problems (the launcher) and sizes beyond int64 (make_geometry).
 #include "conv_to_affine.h"
+#include "grid_size.h"
 
 namespace linfuse {
 namespace {
@@ -145,12 +146,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned blocks_for(int64_t items, int64_t per_block) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
-  const int64_t blocks = (items + per_block - 1) / per_block;
-  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
-}
-
 template <typename T>
 cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
   const int64_t rows = params.row_stop - params.row_start;
@@ -158,12 +153,12 @@ cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
   if (elements <= 0) return cudaSuccess;
   const auto kernel = params.geometry.taps_may_collide() ? conv_to_affine_kernel<T, true>
                                                          : conv_to_affine_kernel<T, false>;
-  kernel<<<blocks_for(elements, kSegmentBytes / static_cast<int64_t>(sizeof(T))), kThreads, 0,
+  kernel<<<grid_of(elements, kSegmentBytes / static_cast<int64_t>(sizeof(T))), kThreads, 0,
            stream>>>(params.geometry, static_cast<const T*>(params.weight),
                      static_cast<T*>(params.matrix), params.row_start, elements);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  offset_kernel<T><<<blocks_for(rows, kThreads), kThreads, 0, stream>>>(
+  offset_kernel<T><<<grid_of(rows, kThreads), kThreads, 0, stream>>>(
       params.geometry, static_cast<const T*>(params.bias), static_cast<T*>(params.offset),
       params.row_start, rows);
   return cudaGetLastError();

@@ -7,6 +7,7 @@
 // element is read once per kernel element that it is a sum of.
 #include "block_sum.h"
 #include "conv_to_csr_backward.h"
+#include "grid_size.h"
 
 namespace linfuse {
 namespace {
@@ -57,11 +58,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch(const ConvToCsrBackwardParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
   const Geometry& g = params.geometry;
   const int64_t elements = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
-  const auto blocks = static_cast<unsigned>(elements < kMostBlocks ? elements : kMostBlocks);
-  conv_to_csr_backward_kernel<T><<<blocks, kThreads, 0, stream>>>(
+  conv_to_csr_backward_kernel<T><<<grid_of(elements), kThreads, 0, stream>>>(
       g, params.taps, static_cast<const T*>(params.grad_values),
       static_cast<T*>(params.grad_weight), params.row_start, params.row_stop, elements);
   return cudaGetLastError();

@@ -13,6 +13,7 @@
 // fewer than kLanes elements leaves threads idle.
 // Not handled here: sizes beyond the index type, which the op sees to.
 #include "conv_to_csr.h"
+#include "grid_size.h"
 #include "row_taps.h"
 
 namespace linfuse {
@@ -89,14 +90,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <typename T, typename Index>
 cudaError_t launch(const ConvToCsrParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
   const int64_t rows = params.row_stop - params.row_start;
-  const int64_t blocks = rows / kRowsPerBlock + 1;
-  conv_to_csr_kernel<T, Index>
-      <<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
-          params.geometry, params.taps, static_cast<const T*>(params.weight),
-          static_cast<T*>(params.values), static_cast<Index*>(params.columns),
-          static_cast<Index*>(params.row_pointers), params.row_start, rows, params.stored);
+  conv_to_csr_kernel<T, Index><<<grid_of(rows / kRowsPerBlock + 1), kThreads, 0, stream>>>(
+      params.geometry, params.taps, static_cast<const T*>(params.weight),
+      static_cast<T*>(params.values), static_cast<Index*>(params.columns),
+      static_cast<Index*>(params.row_pointers), params.row_start, rows, params.stored);
   return cudaGetLastError();
 }
 

@@ -15,6 +15,7 @@
 // same for all of them. Each element is written once, by one thread, in a fixed order.
 #include "fuse_conv_linear.h"
 #include "fuse_conv_linear_classes.h"
+#include "grid_size.h"
 
 namespace linfuse {
 namespace {
@@ -177,7 +178,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <typename T, int kFeatures, int kChannels>
 cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
   const Geometry& g = params.geometry;
   const int64_t chunks = (g.in_channels_per_group() + kChannels - 1) / kChannels;
   const int64_t rows = (params.features + kFeatures - 1) / kFeatures;
@@ -185,12 +185,10 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   Steps steps;
   for (int a = 0; a < kAxes; ++a) steps.axis[a] = step_of(g, a);
-  const int64_t blocks = (items - 1) / kThreads + 1;
-  by_element_kernel<T, kFeatures, kChannels>
-      <<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
-          g, steps, static_cast<const T*>(params.linear_weight), params.linear_stride.row,
-          params.linear_stride.position, static_cast<const T*>(params.conv_weight),
-          static_cast<T*>(params.weight), params.features, items);
+  by_element_kernel<T, kFeatures, kChannels><<<grid_of(items, kThreads), kThreads, 0, stream>>>(
+      g, steps, static_cast<const T*>(params.linear_weight), params.linear_stride.row,
+      params.linear_stride.position, static_cast<const T*>(params.conv_weight),
+      static_cast<T*>(params.weight), params.features, items);
   return cudaGetLastError();
 }
 

@@ -35,6 +35,7 @@
 #include "block_sum.h"
 #include "fuse_conv_linear.h"
 #include "fuse_conv_linear_classes.h"
+#include "grid_size.h"
 #include "warp_product.h"
 
 namespace linfuse {
@@ -43,15 +44,12 @@ namespace {
 constexpr int kSlots = 16;  // in the table at a time
 constexpr int kStages = 3;
 constexpr int64_t kWidth = 16;
-constexpr int64_t kMostBlocks = int64_t{1} << 20;
 // Each of the two packed operands; no more, as memory beside inputs and outputs is promised to be
 // little, and the second-level cache of a large card holds about 50 MB.
 constexpr int64_t kMostLinear = int64_t{1} << 25;
 constexpr int64_t kMostWeight = int64_t{1} << 25;
 constexpr int64_t kManyTiles = 128;  // about one for each multiprocessor of a large card
 
-template <typename T>
-constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kDepth = 4 * kPiece<T>;
 
@@ -92,24 +90,7 @@ auto with_shape(const Geometry& g, const Visitor& visit) {
   return visit(typename Shapes::Wide{});
 }
 
-int64_t depth_of(const Geometry& g, int64_t step) {
-  return (g.out_channels_per_group() + step - 1) / step * step;
-}
-
-unsigned grid_of(int64_t blocks) { return static_cast<unsigned>(std::min(blocks, kMostBlocks)); }
-
 // --- packing ------------------------------------------------------------------------------------
-
-template <typename T>
-__device__ void store_piece(T* to, const T (&values)[kPiece<T>]) {
-  struct alignas(kPieceBytes) Values {
-    T at[kPiece<T>];
-  };
-  Values piece;
-#pragma unroll
-  for (int n = 0; n < kPiece<T>; ++n) piece.at[n] = values[n];
-  *reinterpret_cast<Values*>(to) = piece;
-}
 
 constexpr int kPackThreads = 256;
 constexpr int kPackPositions = 64;        // of a tile, by kDepth channels
@@ -135,7 +116,7 @@ __global__ void __launch_bounds__(kPackThreads)
     for (int n = 0; n < kPiece<T>; ++n) {
       values[n] = c_out + n < out_channels ? from[n * step] : T{};
     }
-    store_piece(packed + piece * kPiece<T>, values);
+    store_together<kPiece<T>>(packed + piece * kPiece<T>, values);
   }
 }
 
@@ -212,7 +193,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_linear_kernel(LinearToPack<
 #pragma unroll
         for (int m = 0; m < kPiece<T>; ++m) piece[m] = tile[c + m][line];
         const int64_t to = ((f * job.groups + group) * job.positions + o + line) * job.depth;
-        store_piece(job.packed + to + c_out + c, piece);
+        store_together<kPiece<T>>(job.packed + to + c_out + c, piece);
       }
       o += kPackPositions;
       if (o < job.positions) continue;
@@ -531,7 +512,7 @@ struct PackedSizes {
   int64_t weight;   // bytes
 
   explicit PackedSizes(const Geometry& g)
-      : depth(depth_of(g, kDepth<T>)),
+      : depth((g.out_channels_per_group() + kDepth<T> - 1) / kDepth<T> * kDepth<T>),
         tiles(g.groups * (depth / kDepth<T>)*((g.out_positions() - 1) / kPackPositions + 1)),
         feature(g.groups * g.out_positions() * depth * static_cast<int64_t>(sizeof(T))),
         weight(g.groups * g.kernel_positions() * g.in_channels_per_group() * depth *
@@ -551,7 +532,7 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   auto* const parts = static_cast<A*>(allocate(chunk * slices * static_cast<int64_t>(sizeof(A))));
 
   const int64_t pieces = sizes.weight / kPieceBytes;
-  pack_weight_kernel<T><<<grid_of((pieces - 1) / kPackThreads + 1), kPackThreads, 0, stream>>>(
+  pack_weight_kernel<T><<<grid_of(pieces, kPackThreads), kPackThreads, 0, stream>>>(
       g, static_cast<const T*>(params.conv_weight), weight, sizes.depth, pieces);
   cudaError_t error = cudaGetLastError();
 
@@ -581,9 +562,8 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
     if (error != cudaSuccess) break;
     const auto* const linear_bias =
         params.linear_bias == nullptr ? nullptr : static_cast<const T*>(params.linear_bias) + f;
-    add_parts_kernel<T>
-        <<<grid_of((job.features - 1) / kPackThreads + 1), kPackThreads, 0, stream>>>(
-            job.features, slices, parts, linear_bias, static_cast<T*>(params.bias) + f);
+    add_parts_kernel<T><<<grid_of(job.features, kPackThreads), kPackThreads, 0, stream>>>(
+        job.features, slices, parts, linear_bias, static_cast<T*>(params.bias) + f);
     error = cudaGetLastError();
     if (error != cudaSuccess) break;
     problem.fused = static_cast<T*>(params.weight) + f * g.cols();

@@ -24,6 +24,7 @@
 // Sums are made in a fixed order, each element is written once: equal bits in every run.
 #include "fuse_conv_linear.h"
 #include "fuse_conv_linear_classes.h"
+#include "grid_size.h"
 #include "warp_product.h"
 
 namespace linfuse {
@@ -214,7 +215,6 @@ int64_t cut(Problem<T>& problem, int64_t items) {
 
 template <typename T>
 cudaError_t launch(const FuseConvLinearParams& params, TileSize size, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
   constexpr double kFewTaps = 0.5;
   const Geometry& g = params.geometry;
   Problem<T> problem{};
@@ -238,8 +238,7 @@ cudaError_t launch(const FuseConvLinearParams& params, TileSize size, cudaStream
       cut<ProductOf<T, true>>(problem, items) >= kManyTiles || size == TileSize::kLarge;
   if (!is_large) cut<ProductOf<T, false>>(problem, items);
   const auto kernel = is_large ? by_tile_kernel<T, true> : by_tile_kernel<T, false>;
-  const int64_t blocks = problem.tiles < kMostBlocks ? problem.tiles : kMostBlocks;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(problem);
+  kernel<<<grid_of(problem.tiles), kThreads, 0, stream>>>(problem);
   return cudaGetLastError();
 }
 

@@ -10,6 +10,7 @@
 // convolution's bias there is no pass.
 #include "block_sum.h"
 #include "fuse_conv_linear.h"
+#include "grid_size.h"
 
 namespace linfuse {
 namespace {
@@ -54,9 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch_bias(const FuseConvLinearParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = int64_t{1} << 20;
-  const int64_t blocks = params.features < kMostBlocks ? params.features : kMostBlocks;
-  fused_bias_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+  fused_bias_kernel<T><<<grid_of(params.features), kThreads, 0, stream>>>(
       params.features, params.geometry.out_channels, params.geometry.out_positions(),
       static_cast<const T*>(params.conv_bias), static_cast<const T*>(params.linear_weight),
       params.linear_stride.row, params.linear_stride.position,

@@ -23,6 +23,8 @@ namespace linfuse {
 
 // What ldmatrix and the copies move at once.
 constexpr int kPieceBytes = 16;
+template <typename T>
+constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));  // in elements
 
 struct alignas(kPieceBytes) [[gnu::may_alias]] Piece {
   uint32_t at[4];

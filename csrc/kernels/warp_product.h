@@ -38,6 +38,18 @@ struct PanelByDepth {
   }
 };
 
+// Stores values by one instruction; `to` is aligned to all of them.
+template <int count, typename T>
+LINFUSE_HD inline void store_together(T* to, const T* values) {
+  struct alignas(count * sizeof(T)) Values {
+    T at[count];
+  };
+  Values together;
+#pragma unroll
+  for (int n = 0; n < count; ++n) together.at[n] = values[n];
+  *reinterpret_cast<Values*>(to) = together;
+}
+
 // Rows of kDepth, which is four pieces of 16 bytes, in an order that changes every second row: the
 // same piece of 8 rows, or all of two rows, meets no bank twice.
 template <typename T, int kRowCount>
@@ -45,23 +57,16 @@ struct PanelByRow {
   static constexpr int kRows = kRowCount;
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kSize = kRows * kDepth;
-  static constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
   LINFUSE_HD static constexpr int at(int row, int k) {
-    return row * kDepth + ((k / kPiece) ^ (row / 2 % 4)) * kPiece + k % kPiece;
+    return row * kDepth + ((k / kPiece<T>)^(row / 2 % 4)) * kPiece<T> + k % kPiece<T>;
   }
 
   template <int count>
   LINFUSE_HD static void store(T* panel, int row, int k, const T (&values)[count]) {
-    constexpr int kAtOnce = count < kPiece ? count : kPiece;
-    struct alignas(kAtOnce * sizeof(T)) Values {
-      T at[kAtOnce];
-    };
+    constexpr int kAtOnce = count < kPiece<T> ? count : kPiece<T>;
 #pragma unroll
     for (int n = 0; n < count; n += kAtOnce) {
-      Values piece;
-#pragma unroll
-      for (int m = 0; m < kAtOnce; ++m) piece.at[m] = values[n + m];
-      *reinterpret_cast<Values*>(panel + at(row, k + n)) = piece;
+      store_together<kAtOnce>(panel + at(row, k + n), values + n);
     }
   }
 };
@@ -194,9 +199,8 @@ struct PieceProduct {
   template <typename Panel, typename T>
   __device__ static void load_left(const T* a, int first_row, int step, int lane,
                                    uint32_t (&left)[4]) {
-    constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
-    ptx::load_matrices(a + Panel::at(first_row + lane % 16, step * 2 * kPiece + lane / 16 * kPiece),
-                       left);
+    ptx::load_matrices(
+        a + Panel::at(first_row + lane % 16, step * 2 * kPiece<T> + lane / 16 * kPiece<T>), left);
   }
 
   // Of all columns, 8 by 8, the two pieces of a step. One load is of 16 columns.
@@ -204,13 +208,12 @@ struct PieceProduct {
   template <typename Panel, typename T>
   __device__ static void load_right(const T* b, int first_col, int step, int lane,
                                     uint32_t (&right)[kPairs * 2][2]) {
-    constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int m = 0; m < kPairs * 2; m += 2) {
       const int eight = m + 1 < kAcross ? m + lane / 16 : m;  // an odd one out is loaded twice
       uint32_t words[4];
       ptx::load_matrices(
-          b + Panel::at(first_col + eight * 8 + lane % 8, (step * 2 + lane / 8 % 2) * kPiece),
+          b + Panel::at(first_col + eight * 8 + lane % 8, (step * 2 + lane / 8 % 2) * kPiece<T>),
           words);
 #pragma unroll
       for (int n = 0; n < 4; ++n) right[m + n / 2][n % 2] = words[n];
