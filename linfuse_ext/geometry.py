@@ -34,14 +34,17 @@ def remembered(checks: _Checks) -> _Checks:
     @functools.wraps(checks)
     def check(*arguments: Any, **named: Any) -> Any:
         # What torch.compile traces has symbols in it, and ints that stand for symbols.
-        plain = (
-            not torch.compiler.is_compiling()
-            and _are_plain(arguments)
-            and (not named or _are_plain(named.values()))
-        )
+        if torch.compiler.is_compiling():
+            return checks(*arguments, **named)
+        if list in map(type, arguments):
+            arguments = tuple(tuple(a) if type(a) is list else a for a in arguments)
+        plain = _are_plain(arguments) and (not named or _are_plain(named.values()))
         return (remember if plain else checks)(*arguments, **named)
 
     return cast(_Checks, check)
+
+
+_PLAIN = frozenset((int, str, bool))
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
@@ -52,12 +55,13 @@ def _are_plain(arguments: Iterable[Any]) -> bool:
     """
     for argument in arguments:
         kind = type(argument)
-        if kind is tuple or kind is torch.Size:
-            for item in argument:
-                if type(item) is not int:
-                    return False
-        elif kind is not int and kind is not str and kind is not bool:
+        if kind in _PLAIN:
+            continue
+        if kind is not tuple and kind is not torch.Size:
             return False
+        for item in argument:
+            if type(item) is not int:
+                return False
     return True
 
 

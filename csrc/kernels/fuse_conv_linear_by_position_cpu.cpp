@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "fuse_conv_linear_by_position.h"
@@ -39,6 +40,8 @@ constexpr double kMostInVainInPlace = 8;
 constexpr int64_t kLeastPositions = 100;
 // Bytes from channel to channel that leave too few sets of a cache to a segment.
 constexpr int64_t kCrowded = 1024;
+// Elements of a line that are converted at a time.
+constexpr int64_t kAtATime = 256;
 
 // Whether input and output positions are the same, and each is tied to itself alone.
 bool is_pointwise(const Geometry& g) {
@@ -195,57 +198,91 @@ class ByPosition {
     const T* conv_bias = static_cast<const T*>(work_.params.conv_bias);
     const int64_t count = slab_.share.last - slab_.share.first;
     if (conv_bias == nullptr || count == 0) return 0;
-    const T* share = work_.linear(f, c_out, slab_.share.first);
-    return sum_of(share, step, count) * static_cast<double>(static_cast<A>(conv_bias[c_out]));
+    const double sum = sum_of(work_.linear(f, c_out, slab_.share.first), step, count);
+    return sum * static_cast<double>(static_cast<A>(conv_bias[c_out]));
   }
 
   void copy_channel(const T* from, int64_t channel, const Image& image) const {
+    const Geometry& g = slab_.geometry;
     const int64_t step = work_.params.linear_stride.position;
-    A* to = image.copy + channel * image.pitch;
+    A* const to = image.copy + channel * image.pitch;
     const bool is_last = channel == out_channels_ - 1;
-    const int64_t places = is_last ? plan_.size - channel * image.pitch : image.pitch;
-    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(places) * sizeof(A));
-    for (int64_t o0 = 0; o0 < slab_.geometry.axis[0].out; ++o0) {
-      for (int64_t o1 = 0; o1 < slab_.geometry.axis[1].out; ++o1) {
-        copy_line(from, step, o0, o1, slab_.geometry.axis[2].out, to);
-        from += slab_.geometry.axis[2].out * step;
+    A* const end = is_last ? image.copy + plan_.size : to + image.pitch;
+    if (frame_.is_gapless(g) && step == 1) {
+      A* const first = to + frame_.place({}, {});
+      std::fill(to, first, A{});
+      work_.turns.widen(from, g.out_positions(), first);
+      std::fill(first + g.out_positions(), end, A{});
+      return;
+    }
+    std::fill(to, end, A{});
+    const AxisFrame(&axis)[kAxes] = frame_.axis;
+    for (int64_t o0 = 0; o0 < g.axis[0].out; ++o0) {
+      const int64_t part0 = o0 % axis[0].parts;
+      for (int64_t o1 = 0; o1 < g.axis[1].out; ++o1, from += g.axis[2].out * step) {
+        const int64_t part1 = o1 % axis[1].parts;
+        if (!axis[0].is_read[static_cast<size_t>(part0)] ||
+            !axis[1].is_read[static_cast<size_t>(part1)]) {
+          continue;
+        }
+        A* const line =
+            to + frame_.place({{part0, part1, 0}}, {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
+        copy_line(from, step, g.axis[2].out, line);
       }
     }
   }
 
-  // `o0` and `o1` count within the slab.
-  void copy_line(const T* from, int64_t step, int64_t o0, int64_t o1, int64_t count,
-                 A* image) const {
-    const AxisFrame(&axis)[kAxes] = frame_.axis;
-    const int64_t parts = axis[2].parts;
-    if (frame_.parts() == 1) {
-      A* to = image + frame_.place({}, {{o0, o1, 0}});
-      for (int64_t n = 0; n < count; ++n) to[n] = static_cast<A>(from[n * step]);
+  // `to` is where the first part of the line goes.
+  void copy_line(const T* from, int64_t step, int64_t count, A* to) const {
+    const int64_t parts = frame_.axis[2].parts;
+    if (parts == 1) {
+      widen(from, step, count, to);
       return;
     }
-    for (int64_t part = 0; part < std::min(parts, count); ++part) {
-      A* to = image + frame_.place({{o0 % axis[0].parts, o1 % axis[1].parts, part}},
-                                   {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
-      const T* at = from + part * step;
-      const int64_t some = divide_up(count - part, parts);
-      for (int64_t n = 0; n < some; ++n) to[n] = static_cast<A>(at[n * parts * step]);
+    A buffer[kAtATime];
+    for (int64_t first = 0; first < count; first += kAtATime) {
+      const int64_t some = std::min(kAtATime, count - first);
+      const A* line = widened(from + first * step, step, some, buffer);
+      // Where the pieces of a line begin need not be a multiple of `parts`.
+      for (int64_t n = 0; n < std::min(parts, some); ++n) {
+        const int64_t part = (first + n) % parts;
+        if (!frame_.axis[2].is_read[static_cast<size_t>(part)]) continue;
+        A* at = to + part * frame_.part_places() + (first + n) / parts;
+        for (int64_t m = n; m < some; m += parts) *at++ = line[m];
+      }
     }
   }
 
-  static double sum_of(const T* from, int64_t step, int64_t count) {
+  void widen(const T* from, int64_t step, int64_t count, A* to) const {
+    if (step == 1) {
+      work_.turns.widen(from, count, to);
+      return;
+    }
+    for (int64_t n = 0; n < count; ++n) to[n] = static_cast<A>(from[n * step]);
+  }
+
+  // The same, but for what is as it shall be where it lies.
+  const A* widened(const T* from, int64_t step, int64_t count, A* buffer) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (step == 1) return from;
+    }
+    widen(from, step, count, buffer);
+    return buffer;
+  }
+
+  double sum_of(const T* from, int64_t step, int64_t count) const {
     constexpr int64_t kApart = 16;
-    constexpr int64_t kAtATime = 16 * kApart;
+    A buffer[kAtATime];
     double total = 0;
     for (; count > 0; count -= kAtATime, from += kAtATime * step) {
       const int64_t some = std::min(count, kAtATime);
+      const A* line = widened(from, step, some, buffer);
       A sums[kApart] = {};
       int64_t o = 0;
-      if (step == 1) {
-        for (; o + kApart <= some; o += kApart) {
-          for (int64_t n = 0; n < kApart; ++n) sums[n] += static_cast<A>(from[o + n]);
-        }
+      for (; o + kApart <= some; o += kApart) {
+        for (int64_t n = 0; n < kApart; ++n) sums[n] += line[o + n];
       }
-      for (; o < some; ++o) sums[o % kApart] += static_cast<A>(from[o * step]);
+      for (; o < some; ++o) sums[o % kApart] += line[o];
       for (const A sum : sums) total += static_cast<double>(sum);
     }
     return total;
@@ -301,13 +338,11 @@ class ByPosition {
     const int64_t step = frame_.axis[2].step * position;
     T* at = to + run.position * position;
     const A* from = sums + run.lane;
-    if (step == 1 && std::is_same_v<T, A>) {
-      std::memcpy(static_cast<void*>(at), from, static_cast<size_t>(run.count) * sizeof(T));
-    } else if (step == 1) {
-      std::transform(from, from + run.count, at, [](A sum) { return static_cast<T>(sum); });
-    } else {
-      for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
+    if (step == 1) {
+      work_.turns.narrow(from, run.count, at);
+      return;
     }
+    for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
   }
 
   Work<T> work_;
@@ -327,15 +362,14 @@ class ByPosition {
 
 template <typename T>
 bool all_finite(const void* values, int64_t count) {
-  using A = Accumulate<T>;
-  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
-  constexpr Bits kExponent =
-      sizeof(A) == 8 ? Bits{0x7ff} << (sizeof(A) == 8 ? 52 : 0) : Bits{0xff} << 23;
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  const auto exponent =
+      std::bit_cast<Bits>(static_cast<T>(std::numeric_limits<Accumulate<T>>::infinity()));
   const T* from = static_cast<const T*>(values);
   Bits found = 0;
   for (int64_t n = 0; n < count; ++n) {
-    const Bits bits = std::bit_cast<Bits>(static_cast<A>(from[n]));
-    found |= static_cast<Bits>((bits & kExponent) == kExponent);
+    found |= static_cast<Bits>((std::bit_cast<Bits>(from[n]) & exponent) == exponent);
   }
   return found == 0;
 }

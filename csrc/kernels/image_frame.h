@@ -43,6 +43,7 @@ struct AxisFrame {
   int64_t low;    // places of a part before its first output position
   int64_t pitch;  // places of a part
   std::vector<AxisPhase> phases;
+  std::vector<bool> is_read;  // each part, by any tap
 };
 
 inline AxisFrame make_frame(const Geometry& g, int a) {
@@ -51,6 +52,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   // Strides beyond the size leave phases, or parts, without a position.
   frame.step = g.transposed ? 1 : std::min(axis.stride, axis.in);
   frame.parts = g.transposed ? std::min(axis.stride, std::max<int64_t>(1, axis.out)) : 1;
+  frame.is_read.resize(static_cast<size_t>(frame.parts));
   const int64_t outs = divide_up(axis.out, frame.parts);
   int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
@@ -67,6 +69,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       frame.low = std::max(frame.low, -steps);
       high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
+      frame.is_read[static_cast<size_t>(rest)] = true;
       phase.valid += std::min(phase.count, outs - steps) - std::max<int64_t>(0, -steps);
     }
     most_in = std::max(most_in, phase.count);
@@ -153,6 +156,11 @@ struct Frame {
                         static_cast<double>(p2.valid);
     });
     return products;
+  }
+
+  // Whether an image of these output positions has no places between them, only around all.
+  bool is_gapless(const Geometry& g) const {
+    return parts() == 1 && axis[1].pitch == g.axis[1].out && axis[2].pitch == g.axis[2].out;
   }
 
   // Whether neighbours in a segment are neighbours in memory on either side.

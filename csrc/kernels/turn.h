@@ -12,6 +12,10 @@
 //
 //   pack_lanes     to[n * step + m] = from[offset[m] + n * position]
 //
+// or nothing at all:
+//
+//   widen, narrow  to[n] = from[n]
+//
 // The first two and the last turn square blocks of one vector by one vector inside registers. All
 // convert between T and Accumulate<T> on the way, and may write past the caches, for what is far
 // larger than they are: a store that misses would wait for a line that nobody needs. turn.inl is
@@ -72,6 +76,8 @@ struct TurnSet {
   void (*pack_lines)(const PackTask<T>& task);
   void (*unpack_lines)(const UnpackTask<T>& task);
   void (*pack_lanes)(const PackLanesTask<T>& task);
+  void (*widen)(const T* from, int64_t count, Accumulate<T>* to);
+  void (*narrow)(const Accumulate<T>* from, int64_t count, T* to);
   // Makes what was streamed visible to other threads.
   void (*finish)();
 };

@@ -54,6 +54,28 @@ inline __attribute__((always_inline)) void store_line(T* to,
   }
 }
 
+// bfloat16 is the upper half of a float. The compiler sees a branch for NaN in each element.
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+template <>
+inline __attribute__((always_inline)) Block<float>::Vector load_line<BFloat16, float>(
+    const BFloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (Block<float>::Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <>
+inline __attribute__((always_inline)) void store_line<BFloat16, float>(
+    BFloat16* to, const Block<float>::Vector& line) {
+  const Words wide = (Words)line;
+  const Words is_nan = (Words)(line != line);
+  const Words rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  const Halves halves = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+  std::memcpy(static_cast<void*>(to), &halves, sizeof(halves));
+}
+
 #if defined(LINFUSE_AVX512) || defined(LINFUSE_F16C)
 // One instruction, where the compiler sees shifts and cases.
 template <>
@@ -337,6 +359,24 @@ void unpack_lines(const UnpackTask<T>& task) {
   }
 }
 
+template <typename T>
+void widen(const T* from, int64_t count, Accumulate<T>* to) {
+  using A = Accumulate<T>;
+  constexpr int kLanes = Block<A>::kLanes;
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) store_line<A>(to + n, load_line<T>(from + n));
+  for (; n < count; ++n) to[n] = static_cast<A>(from[n]);
+}
+
+template <typename T>
+void narrow(const Accumulate<T>* from, int64_t count, T* to) {
+  using A = Accumulate<T>;
+  constexpr int kLanes = Block<A>::kLanes;
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) store_line<T>(to + n, load_line<A>(from + n));
+  for (; n < count; ++n) to[n] = static_cast<T>(from[n]);
+}
+
 inline void finish() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -345,5 +385,6 @@ inline void finish() {
 
 template <typename T>
 TurnSet<T> make_turn_set() {
-  return {&pack<T>, &unpack<T>, &pack_lines<T>, &unpack_lines<T>, &pack_lanes<T>, &finish};
+  return {&pack<T>,       &unpack<T>, &pack_lines<T>, &unpack_lines<T>,
+          &pack_lanes<T>, &widen<T>,  &narrow<T>,     &finish};
 }
