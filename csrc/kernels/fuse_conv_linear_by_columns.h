@@ -10,6 +10,10 @@ namespace linfuse {
 // on where it lies.
 bool fits_by_columns(const FuseConvLinearParams& params);
 
+// Whether it is better than by position too, where both fit: the Linear is read where it lies, and
+// not copied into frames. Half types are copied either way.
+bool wins_by_columns(const FuseConvLinearParams& params);
+
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate);
 

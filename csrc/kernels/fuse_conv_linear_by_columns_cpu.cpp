@@ -23,10 +23,12 @@ namespace linfuse {
 namespace {
 
 constexpr int64_t kMostTaps = 25;
-// Fewer products of a column would not outweigh adding it.
+// Fewer products of a column would not outweigh adding it; and, where images need not be turned
+// either way, not that all are framed.
 constexpr int64_t kLeastOutChannels = 16;
+constexpr int64_t kManyOutChannels = 48;
 // Images, that threads share.
-constexpr int64_t kLeastImages = 16;
+constexpr int64_t kLeastImages = 4;
 // Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
@@ -325,6 +327,12 @@ bool fits_by_columns(const FuseConvLinearParams& params) {
          g.out_channels_per_group() >= kLeastOutChannels &&
          params.features * g.groups >= kLeastImages && !fits_matrix_tiles(params) &&
          dispatch(params.dtype, [&](auto zero) { return fits<decltype(zero)>(params); });
+}
+
+bool wins_by_columns(const FuseConvLinearParams& params) {
+  const Geometry& g = params.geometry;
+  return element_size(params.dtype) > 2 && g.kernel_positions() > 1 &&
+         g.out_channels_per_group() >= kManyOutChannels && fits_by_columns(params);
 }
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,

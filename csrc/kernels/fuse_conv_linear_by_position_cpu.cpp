@@ -311,9 +311,14 @@ class ByPosition {
         task.taps == 1
             ? out_channels_
             : std::max<int64_t>(1, kCacheBytes / (width * static_cast<int64_t>(sizeof(A))));
+    const RunOfPlaces& run = frame_.runs[segment.first_run];
+    const bool is_one_run = segment.last_run - segment.first_run == 1 && run.count == width;
+    A* const in_result = is_one_run && at_once >= out_channels_ ? sums_in(result, run) : nullptr;
+    task.tile_line = in_result != nullptr ? work_.params.weight_stride.channel : width;
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t start = block_start(block);
       const int64_t channels = block_start(block + 1) - start;
+      A* const tile = in_result != nullptr ? in_result + start * task.tile_line : sums;
       task.weight_line = channels;
       task.weight_step = out_channels_ * channels;
       // Few enough output channels at a time to stay in the first-level cache for all taps.
@@ -321,10 +326,10 @@ class ByPosition {
         task.linear = read.from + c * read.pitch + segment.place;
         task.weight = weight_of(group, block) + c * channels;
         task.channels = std::min(at_once, out_channels_ - c);
-        work_.tiles.tile[segment.vectors][channels](task, c == 0 ? sums : more);
+        work_.tiles.tile[segment.vectors][channels](task, c == 0 ? tile : more);
         for (int64_t n = 0; c > 0 && n < channels * width; ++n) sums[n] += more[n];
       }
-      for (int64_t n = 0; n < channels; ++n) {
+      for (int64_t n = 0; in_result == nullptr && n < channels; ++n) {
         T* const to = result + (start + n) * work_.params.weight_stride.channel;
         for (size_t r = segment.first_run; r < segment.last_run; ++r) {
           write_run(frame_.runs[r], sums + n * width, to);
@@ -333,16 +338,28 @@ class ByPosition {
     }
   }
 
+  // Where a run may be summed in the result itself; null where it may not.
+  A* sums_in(T* result, const RunOfPlaces& run) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (frame_.axis[2].step * work_.params.weight_stride.position == 1) {
+        return result + run.position;
+      }
+    }
+    return nullptr;
+  }
+
   void write_run(const RunOfPlaces& run, const A* sums, T* to) const {
     const int64_t position = work_.params.weight_stride.position;
     const int64_t step = frame_.axis[2].step * position;
     T* at = to + run.position * position;
     const A* from = sums + run.lane;
-    if (step == 1) {
+    if (step > 1) {
+      for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
+    } else if constexpr (std::is_same_v<T, A>) {
+      std::memcpy(static_cast<void*>(at), from, static_cast<size_t>(run.count) * sizeof(T));
+    } else {
       work_.turns.narrow(from, run.count, at);
-      return;
     }
-    for (int64_t n = 0; n < run.count; ++n) at[n * step] = static_cast<T>(from[n]);
   }
 
   Work<T> work_;

@@ -82,7 +82,7 @@ class Work {
         linear_(static_cast<const T*>(params.linear_weight)),
         fused_(static_cast<T*>(params.weight)) {
     const int64_t bytes = params.features * g.cols() * static_cast<int64_t>(sizeof(T));
-    if (bytes < kManyPages) advise_huge_pages(fused_, bytes);
+    advise_result(fused_, bytes);
     stream_ = bytes >= kLargeBlock;
     if (stream_) populate(parallel_for, fused_, bytes);
     const int64_t lanes = tiles.lanes;
@@ -202,10 +202,6 @@ class Work {
  private:
   // Elements of a row that are packed at a time: a few lines of cache from each of many rows.
   static constexpr int64_t kPackAtATime = 128;
-  // Results of this size on are of small pages. A virtual machine gives the memory of free huge
-  // pages back to its host, and then one takes 3 to 9 ms in place of a quarter of one; as much in
-  // small pages, which it keeps, takes about one. The more pages, the likelier are dear ones.
-  static constexpr int64_t kManyPages = int64_t{1} << 27;
 
   static int64_t offset(const ImageStrides& strides, int64_t channels_of_group, int64_t f,
                         int64_t channel, int64_t position) {

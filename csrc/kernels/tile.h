@@ -26,6 +26,7 @@ struct TileTask {
   int64_t weight_line;          // from one c to the next: n, or more
   int64_t taps;
   int64_t channels;
+  int64_t tile_line;  // from one n to the next in the tile; 0 for its width
 };
 
 // A running sum of n products is off by up to n roundings; sums of sums are not. So the registers

@@ -12,13 +12,14 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   constexpr int kApart = kVectors * kChannels <= 2 ? 4 : kVectors * kChannels <= 4 ? 2 : 1;
 
   Vector sums[kApart][kChannels][kVectors] = {};
+  const int64_t tile_line = task.tile_line != 0 ? task.tile_line : kWidth;
   bool first = true;
   const auto flush = [&]() {
 #pragma GCC unroll 12
     for (int n = 0; n < kChannels; ++n) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        Unaligned* to = reinterpret_cast<Unaligned*>(tile + n * kWidth + v * kLanes);
+        Unaligned* to = reinterpret_cast<Unaligned*>(tile + n * tile_line + v * kLanes);
         Vector total = sums[0][n][v];
         for (int apart = 1; apart < kApart; ++apart) total += sums[apart][n][v];
         *to = first ? total : *to + total;

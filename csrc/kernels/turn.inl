@@ -359,22 +359,31 @@ void unpack_lines(const UnpackTask<T>& task) {
   }
 }
 
+// The last vector overlaps the one before where a whole one does not fit.
+template <typename Convert, typename One>
+inline void by_vectors(int64_t count, int lanes, const Convert& convert, const One& one) {
+  if (count < lanes) {
+    for (int64_t n = 0; n < count; ++n) one(n);
+    return;
+  }
+  for (int64_t n = 0; n + lanes <= count; n += lanes) convert(n);
+  if (count % lanes != 0) convert(count - lanes);
+}
+
 template <typename T>
 void widen(const T* from, int64_t count, Accumulate<T>* to) {
   using A = Accumulate<T>;
-  constexpr int kLanes = Block<A>::kLanes;
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) store_line<A>(to + n, load_line<T>(from + n));
-  for (; n < count; ++n) to[n] = static_cast<A>(from[n]);
+  by_vectors(
+      count, Block<A>::kLanes, [&](int64_t n) { store_line<A>(to + n, load_line<T>(from + n)); },
+      [&](int64_t n) { to[n] = static_cast<A>(from[n]); });
 }
 
 template <typename T>
 void narrow(const Accumulate<T>* from, int64_t count, T* to) {
   using A = Accumulate<T>;
-  constexpr int kLanes = Block<A>::kLanes;
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) store_line<T>(to + n, load_line<A>(from + n));
-  for (; n < count; ++n) to[n] = static_cast<T>(from[n]);
+  by_vectors(
+      count, Block<A>::kLanes, [&](int64_t n) { store_line<T>(to + n, load_line<A>(from + n)); },
+      [&](int64_t n) { to[n] = static_cast<T>(from[n]); });
 }
 
 inline void finish() {
