@@ -180,6 +180,27 @@ CUTS = {
     "pointwise, groups": (25, (12, 4, 1, 1, 1), (3, 5, 7), {"groups": 3}),
     "pointwise, transposed": (21, (20, 9, 1, 1), (10, 10), {"transposed": True, "groups": 2}),
     "pointwise, channels that crowd a cache": (20, (16, 30, 1), (1024,), {}),
+    "pointwise, deep sums in the result": (3, (1100, 7, 1), (96,), {}),
+    "pointwise, long lines": (3, (5, 4, 1), (777,), {}),
+    "by columns, few rows": (5, (64, 2, 3, 3), (12, 11), {"padding": 1}),
+    "by columns, few rows, strides": (
+        4, (100, 3, 2, 2), (15, 22), {"stride": (3, 2), "dilation": (1, 3)},
+    ),
+    "by position, transposed, parts that nothing reads": (
+        3, (4, 5, 2, 3), (6, 7), {"transposed": True, "stride": (4, 5), "padding": (0, 1)},
+    ),
+    "by position, transposed, long lines": (
+        2, (3, 4, 2), (211,), {"transposed": True, "stride": 3, "dilation": 2},
+    ),
+    "on a subgrid": (40, (16, 5, 1, 1), (9, 8), {"stride": 2}),
+    "on a subgrid, few rows at a time": (70, (8, 64, 1), (701,), {"stride": 2}),
+    "on a subgrid, padding alone for some outputs": (
+        7, (12, 4, 1, 1), (10, 7), {"stride": (2, 3), "padding": (4, 5, 7, 3), "groups": 2},
+    ),
+    "on a subgrid of one axis": (
+        18, (6, 4, 3, 1, 2), (5, 11, 6), {"stride": (1, 3, 2), "padding": (1, 0, 1)},
+    ),
+    "no subgrid, as all outputs read padding": (5, (3, 4, 1), (3,), {"stride": 9, "padding": 4}),
     "by position, one line in, five out": (2, (8, 3, 1, 3, 3), (1, 9, 9), {"padding": (2, 1, 1)}),
     "by position, an axis that nothing reads": (
         8, (8, 4, 2, 2), (9, 3), {"padding": (2, 2, 2, 0), "stride": 2, "dilation": (2, 3)},
@@ -220,6 +241,20 @@ def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
+
+
+@pytest.mark.parametrize("features", [1, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_widened_and_rounded(dtype: torch.dtype, features: int) -> None:
+    """Of each pair of a kernel that its stride skips over, an element meets either."""
+    step = torch.finfo(dtype).eps
+    conv_weight = torch.tensor([[[1 + step, 1 / 3]]], dtype=dtype)
+    values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    length = 65536 if features == 1 else 701
+    linear = values.repeat(2)[: features * length].view(features, length)
+    fused, _ = functional.fuse_conv_linear(conv_weight, None, linear, None, 2 * length, stride=2)
+    expected = linear.float()[..., None] * conv_weight.float().view(2)
+    torch.testing.assert_close(fused, expected.to(dtype).flatten(1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("which", ["neither", "conv", "linear", "both"])
@@ -503,11 +538,12 @@ def peak():  # of this process image; getrusage would still know the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 torch.set_grad_enabled(False)
-weight, linear, size, padding = eval(sys.argv[1])
+weight, linear, size, padding, *stride = eval(sys.argv[1])
 functional.fuse_conv_linear(torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1), None, 1)
 before = peak()
+bias = torch.ones(weight.shape[0], dtype=weight.dtype)
 fused, _ = functional.fuse_conv_linear(
-    weight, torch.ones(weight.shape[0], dtype=weight.dtype), linear, None, size, padding=padding
+    weight, bias, linear, None, size, *stride or [1], padding
 )
 grown = peak() - before
 bytes_of = lambda tensor: tensor.numel() * tensor.element_size()
@@ -524,6 +560,9 @@ LARGE = {
     "a long kernel": "torch.ones(1, 1, 1024), torch.ones(1, 31745), 2**15, 0",
     "a large weight": "torch.ones(512, 1024, 7, 7), torch.ones(2, 512), (7, 7), 0",
     "a transposed Linear": "torch.ones(64, 32, 3, 3), torch.ones(50176, 256).T, (28, 28), 1",
+    "a stride over a large image": (
+        "torch.ones(64, 256, 1, 1), torch.ones(40, 200704), (112, 112), 0, 2"
+    ),
 }
 
 
@@ -619,6 +658,9 @@ def test_every_simd_level_equals_the_reference(level: str) -> None:
         "        for features in (3, 37):\n"
         "            tensors = t.operands(case, dtype, features)\n"
         "            t.assert_equals_the_reference(case, tensors, *t.call(case, *tensors))\n"
+        "for dtype in (torch.float16, torch.bfloat16):\n"
+        "    for features in (1, 100):\n"
+        "        t.test_every_half_is_widened_and_rounded(dtype, features)\n"
         "for channels in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25):\n"
         "    t.test_any_number_of_channels(channels)\n"
     )

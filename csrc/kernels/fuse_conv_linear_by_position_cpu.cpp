@@ -216,45 +216,47 @@ class ByPosition {
       return;
     }
     std::fill(to, end, A{});
-    const AxisFrame(&axis)[kAxes] = frame_.axis;
+    const int64_t count = g.axis[2].out;
     for (int64_t o0 = 0; o0 < g.axis[0].out; ++o0) {
-      const int64_t part0 = o0 % axis[0].parts;
-      for (int64_t o1 = 0; o1 < g.axis[1].out; ++o1, from += g.axis[2].out * step) {
-        const int64_t part1 = o1 % axis[1].parts;
-        if (!axis[0].is_read[static_cast<size_t>(part0)] ||
-            !axis[1].is_read[static_cast<size_t>(part1)]) {
-          continue;
+      for (int64_t o1 = 0; o1 < g.axis[1].out; ++o1, from += count * step) {
+        if (frame_.parts() == 1) {
+          widen(from, step, count, to + frame_.place({}, {{o0, o1, 0}}));
+        } else {
+          copy_in_parts(from, step, o0, o1, count, to);
         }
-        A* const line =
-            to + frame_.place({{part0, part1, 0}}, {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
-        copy_line(from, step, g.axis[2].out, line);
       }
     }
   }
 
-  // `to` is where the first part of the line goes.
-  void copy_line(const T* from, int64_t step, int64_t count, A* to) const {
-    const int64_t parts = frame_.axis[2].parts;
-    if (parts == 1) {
-      widen(from, step, count, to);
+  // A line, but for the parts that no tap reads.
+  void copy_in_parts(const T* from, int64_t step, int64_t o0, int64_t o1, int64_t count,
+                     A* image) const {
+    const AxisFrame(&axis)[kAxes] = frame_.axis;
+    const Position part = {{o0 % axis[0].parts, o1 % axis[1].parts, 0}};
+    if (!axis[0].is_read[static_cast<size_t>(part.at[0])] ||
+        !axis[1].is_read[static_cast<size_t>(part.at[1])]) {
       return;
     }
+    A* const to = image + frame_.place(part, {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
+    const int64_t parts = axis[2].parts;
     A buffer[kAtATime];
     for (int64_t first = 0; first < count; first += kAtATime) {
       const int64_t some = std::min(kAtATime, count - first);
       const A* line = widened(from + first * step, step, some, buffer);
       // Where the pieces of a line begin need not be a multiple of `parts`.
       for (int64_t n = 0; n < std::min(parts, some); ++n) {
-        const int64_t part = (first + n) % parts;
-        if (!frame_.axis[2].is_read[static_cast<size_t>(part)]) continue;
-        A* at = to + part * frame_.part_places() + (first + n) / parts;
+        const int64_t part2 = (first + n) % parts;
+        if (!axis[2].is_read[static_cast<size_t>(part2)]) continue;
+        A* at = to + part2 * frame_.part_places() + (first + n) / parts;
         for (int64_t m = n; m < some; m += parts) *at++ = line[m];
       }
     }
   }
 
   void widen(const T* from, int64_t step, int64_t count, A* to) const {
-    if (step == 1) {
+    // A short line that needs no conversion is copied sooner than a function is called.
+    constexpr int64_t kShort = std::is_same_v<T, A> ? 32 : 0;
+    if (step == 1 && count > kShort) {
       work_.turns.widen(from, count, to);
       return;
     }

@@ -17,7 +17,7 @@ namespace {
 
 // Rows at a time: as many as stay in a cache, but enough for the way that makes them.
 constexpr int64_t kCachedBytes = int64_t{4} << 20;
-constexpr int64_t kMostBytes = int64_t{32} << 20;
+constexpr int64_t kMostBytes = int64_t{16} << 20;
 constexpr int64_t kFewRows = 64;
 // Positions for one of the subgrid: with fewer, spreading costs what it saves.
 constexpr int64_t kLeastHoles = 2;
