@@ -23,8 +23,8 @@ namespace linfuse {
 namespace {
 
 constexpr int64_t kMostTaps = 25;
-// Fewer products of a column would not outweigh adding it; and, where images need not be turned
-// either way, not that all are framed.
+// Fewer products of a column would not outweigh adding it; with many, not even framing the images
+// for the way by position would.
 constexpr int64_t kLeastOutChannels = 16;
 constexpr int64_t kManyOutChannels = 48;
 // Images, that threads share.

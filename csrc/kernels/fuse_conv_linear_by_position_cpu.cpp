@@ -233,10 +233,7 @@ class ByPosition {
                      A* image) const {
     const AxisFrame(&axis)[kAxes] = frame_.axis;
     const Position part = {{o0 % axis[0].parts, o1 % axis[1].parts, 0}};
-    if (!axis[0].is_read[static_cast<size_t>(part.at[0])] ||
-        !axis[1].is_read[static_cast<size_t>(part.at[1])]) {
-      return;
-    }
+    if (!axis[0].is_read(part.at[0]) || !axis[1].is_read(part.at[1])) return;
     A* const to = image + frame_.place(part, {{o0 / axis[0].parts, o1 / axis[1].parts, 0}});
     const int64_t parts = axis[2].parts;
     A buffer[kAtATime];
@@ -244,11 +241,11 @@ class ByPosition {
       const int64_t some = std::min(kAtATime, count - first);
       const A* line = widened(from + first * step, step, some, buffer);
       // Where the pieces of a line begin need not be a multiple of `parts`.
-      for (int64_t n = 0; n < std::min(parts, some); ++n) {
-        const int64_t part2 = (first + n) % parts;
-        if (!axis[2].is_read[static_cast<size_t>(part2)]) continue;
+      const int64_t part_of_first = first % parts;
+      for (const int64_t part2 : axis[2].parts_read) {
+        int64_t n = part2 - part_of_first + (part2 < part_of_first ? parts : 0);
         A* at = to + part2 * frame_.part_places() + (first + n) / parts;
-        for (int64_t m = n; m < some; m += parts) *at++ = line[m];
+        for (; n < some; n += parts) *at++ = line[n];
       }
     }
   }

@@ -43,7 +43,11 @@ struct AxisFrame {
   int64_t low;    // places of a part before its first output position
   int64_t pitch;  // places of a part
   std::vector<AxisPhase> phases;
-  std::vector<bool> is_read;  // each part, by any tap
+  std::vector<int64_t> parts_read;  // by any tap
+
+  bool is_read(int64_t part) const {
+    return std::find(parts_read.begin(), parts_read.end(), part) != parts_read.end();
+  }
 };
 
 inline AxisFrame make_frame(const Geometry& g, int a) {
@@ -52,7 +56,6 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   // Strides beyond the size leave phases, or parts, without a position.
   frame.step = g.transposed ? 1 : std::min(axis.stride, axis.in);
   frame.parts = g.transposed ? std::min(axis.stride, std::max<int64_t>(1, axis.out)) : 1;
-  frame.is_read.resize(static_cast<size_t>(frame.parts));
   const int64_t outs = divide_up(axis.out, frame.parts);
   int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
@@ -69,7 +72,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       frame.low = std::max(frame.low, -steps);
       high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
-      frame.is_read[static_cast<size_t>(rest)] = true;
+      if (!frame.is_read(rest)) frame.parts_read.push_back(rest);
       phase.valid += std::min(phase.count, outs - steps) - std::max<int64_t>(0, -steps);
     }
     most_in = std::max(most_in, phase.count);

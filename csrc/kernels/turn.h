@@ -12,7 +12,7 @@
 //
 //   pack_lanes     to[n * step + m] = from[offset[m] + n * position]
 //
-// or nothing at all:
+// or convert a line and turn nothing:
 //
 //   widen, narrow  to[n] = from[n]
 //
