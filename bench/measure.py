@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +20,7 @@ Call = Callable[[], object]
 
 # One sample lasts at least this long, so that neither clock's resolution shows.
 _MIN_SAMPLE_SECONDS = 4e-3
-_TRIALS = 3  # for how many calls that takes
+_TRIALS = 3  # of how many calls last so long
 _MAX_ROUNDS = 40
 # The longer a call, the less it is disturbed, and the fewer rounds are enough: seconds, rounds.
 _LEAST_ROUNDS = ((0.3, 7), (1.5, 3), (float("inf"), 2))
@@ -149,7 +150,7 @@ def interleaved(
             for _ in range(_TRIALS):
                 if once * iterations[name] >= _MIN_SAMPLE_SECONDS:
                     break
-                iterations[name] = max(1, int(_MIN_SAMPLE_SECONDS / once))
+                iterations[name] = math.ceil(_MIN_SAMPLE_SECONDS / once)
                 once = clock(call, iterations[name])
             sample = once * iterations[name]
             rounds[name] = _rounds(sample, once, share, name in brief, large)

@@ -37,7 +37,11 @@ def remembered(checks: _Checks) -> _Checks:
         if torch.compiler.is_compiling():
             return checks(*arguments, **named)
         if list in map(type, arguments):
-            arguments = tuple(tuple(a) if type(a) is list else a for a in arguments)
+            spelled = tuple(tuple(a) if type(a) is list else a for a in arguments)
+            try:
+                return check(*spelled, **named)
+            except (TypeError, ValueError):
+                return checks(*arguments, **named)  # whose message shows what was given
         plain = _are_plain(arguments) and (not named or _are_plain(named.values()))
         return (remember if plain else checks)(*arguments, **named)
 

@@ -192,6 +192,11 @@ CUTS = {
     "by position, transposed, long lines": (
         2, (3, 4, 2), (211,), {"transposed": True, "stride": 3, "dilation": 2},
     ),
+    "by position, transposed, more parts than a piece of a line": (
+        2, (2, 3, 5), (4,), {"transposed": True, "stride": 300, "dilation": 61},
+    ),
+    "by columns, few large images": (4, (512, 1, 3, 3), (64, 64), {"padding": 1}),
+    "by columns, one line": (6, (64, 1, 5, 5), (1, 90), {"padding": 2}),
     "on a subgrid": (40, (16, 5, 1, 1), (9, 8), {"stride": 2}),
     "on a subgrid, few rows at a time": (70, (8, 64, 1), (701,), {"stride": 2}),
     "on a subgrid, padding alone for some outputs": (

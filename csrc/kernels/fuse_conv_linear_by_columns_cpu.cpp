@@ -1,9 +1,9 @@
 // columns[(k, c_in), o] = sum over c_out of weight[c_out, c_in, k] * linear[f, (c_out, o)]
 // fused[f, (c_in, i)]  += columns[(k, c_in), o]  for every tap (o, i, k)
 //
-// For few (k, c_in), where turning the Linear would cost as much as its products: a row of it is
-// read as it lies, and neighbouring output positions o fill a vector. Products of taps that fall on
-// padding are made and not added.
+// For few (k, c_in), where turning the Linear, or framing its images, would cost as much as its
+// products: a row of it is read as it lies, and neighbouring output positions o fill a vector.
+// Products of taps that fall on padding are made and not added.
 //
 //   column   what one (k, c_in) gives, at every o
 //   segment  vectors of neighbouring o
@@ -15,6 +15,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../geometry/stored_taps.h"
 #include "fuse_conv_linear_by_columns.h"
 #include "fuse_conv_linear_engines.h"
 #include "widen.h"
@@ -27,8 +28,12 @@ constexpr int64_t kMostTaps = 25;
 // for the way by position would.
 constexpr int64_t kLeastOutChannels = 16;
 constexpr int64_t kManyOutChannels = 48;
-// Images, that threads share.
+// Images, that threads share. Few of them must be small, as there may be more threads.
 constexpr int64_t kLeastImages = 4;
+constexpr int64_t kManyImages = 16;
+constexpr int64_t kSmallImage = int64_t{1} << 24;  // multiply-adds
+// Of all taps, that do not fall on padding, for the way by position leaves out those that all do.
+constexpr double kLeastValid = 0.6;
 // Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
@@ -331,8 +336,17 @@ bool fits_by_columns(const FuseConvLinearParams& params) {
 
 bool wins_by_columns(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
-  return element_size(params.dtype) > 2 && g.kernel_positions() > 1 &&
-         g.out_channels_per_group() >= kManyOutChannels && fits_by_columns(params);
+  if (element_size(params.dtype) == 2 || g.kernel_positions() == 1 ||
+      g.out_channels_per_group() < kManyOutChannels || !fits_by_columns(params)) {
+    return false;
+  }
+  const int64_t products = g.in_channels_per_group() * g.kernel_positions() *
+                           g.out_channels_per_group() * g.out_positions();
+  if (params.features * g.groups < kManyImages && products > kSmallImage) return false;
+  const RowTables tables(g);
+  const StoredRows stored = tables.view().stored;
+  const auto valid = static_cast<double>(stored.total(0) * stored.total(1) * stored.total(2));
+  return valid >= kLeastValid * static_cast<double>(g.kernel_positions() * g.out_positions());
 }
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,

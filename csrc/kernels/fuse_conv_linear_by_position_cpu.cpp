@@ -240,13 +240,22 @@ class ByPosition {
     for (int64_t first = 0; first < count; first += kAtATime) {
       const int64_t some = std::min(kAtATime, count - first);
       const A* line = widened(from + first * step, step, some, buffer);
-      // Where the pieces of a line begin need not be a multiple of `parts`.
-      const int64_t part_of_first = first % parts;
-      for (const int64_t part2 : axis[2].parts_read) {
-        int64_t n = part2 - part_of_first + (part2 < part_of_first ? parts : 0);
-        A* at = to + part2 * frame_.part_places() + (first + n) / parts;
-        for (; n < some; n += parts) *at++ = line[n];
-      }
+      // Where the pieces of a line begin need not be a multiple of `parts`: those from that part
+      // on, then those before it.
+      const int64_t whole = first / parts * parts;
+      copy_parts(line, {first - whole, parts}, first - whole, some, to + whole / parts);
+      copy_parts(line, {0, first - whole}, first - whole - parts, some, to + whole / parts + 1);
+    }
+  }
+
+  // Of a piece of a line, some of the parts: part p has elements p - begin, and so on by parts.
+  void copy_parts(const A* line, Range parts, int64_t begin, int64_t count, A* to) const {
+    const std::vector<int64_t>& read = frame_.axis[2].parts_read;
+    const int64_t end = std::min(parts.last, begin + count);
+    for (auto part = std::lower_bound(read.begin(), read.end(), parts.first);
+         part != read.end() && *part < end; ++part) {
+      A* at = to + *part * frame_.part_places();
+      for (int64_t n = *part - begin; n < count; n += frame_.axis[2].parts) *at++ = line[n];
     }
   }
 
@@ -260,7 +269,7 @@ class ByPosition {
     for (int64_t n = 0; n < count; ++n) to[n] = static_cast<A>(from[n * step]);
   }
 
-  // The same, but for what is as it shall be where it lies.
+  // `from` itself where nothing is to be converted, else `buffer`.
   const A* widened(const T* from, int64_t step, int64_t count, A* buffer) const {
     if constexpr (std::is_same_v<T, A>) {
       if (step == 1) return from;

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kCachedBytes = int64_t{4} << 20;
 constexpr int64_t kMostBytes = int64_t{16} << 20;
 constexpr int64_t kFewRows = 64;
-// Positions for one of the subgrid: with fewer, spreading costs what it saves.
-constexpr int64_t kLeastHoles = 2;
+// Positions for each of the subgrid: with fewer, spreading costs what it saves.
+constexpr int64_t kLeastPositions = 2;
 
 struct AxisGrid {
   int64_t first = 0;  // position of the subgrid's first
@@ -105,8 +105,8 @@ void run(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
   const int64_t cols = grid.geometry.cols();
   const int64_t row_bytes = cols * kSize;
   const int64_t least = std::min(kFewRows, kMostBytes / row_bytes);
-  const int64_t at_once =
-      std::clamp<int64_t>(std::max(least, kCachedBytes / row_bytes), 1, params.features);
+  const int64_t most = std::max<int64_t>(1, std::max(least, kCachedBytes / row_bytes));
+  const int64_t at_once = divide_up(params.features, divide_up(params.features, most));
   T* const made = static_cast<T*>(allocate(at_once * row_bytes));
   T* const fused = static_cast<T*>(params.weight);
   advise_result(fused, params.features * g.cols() * kSize);
@@ -135,17 +135,18 @@ void run(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
 
 }  // namespace
 
-// Where the result is a contiguous matrix, a row of the subgrid fits, and holes are most of it.
+// Where the result is a contiguous matrix, half of it or more holes, and a row of the subgrid fits.
 bool fits_by_subgrid(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
   if (g.transposed || g.taps_may_collide() || std::none_of(g.axis, g.axis + kAxes, has_holes) ||
       params.weight_stride.position != 1 || params.weight_stride.channel != g.in_positions() ||
+      params.weight_stride.group != g.in_channels_per_group() * g.in_positions() ||
       params.weight_stride.row != g.cols()) {
     return false;
   }
   const Geometry grid = make_subgrid(g).geometry;
   const int64_t positions = grid.in_positions();
-  return positions > 0 && positions <= g.in_positions() / kLeastHoles &&
+  return positions > 0 && positions <= g.in_positions() / kLeastPositions &&
          grid.cols() <= kMostBytes / element_size(params.dtype);
 }
 

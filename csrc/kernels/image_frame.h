@@ -43,10 +43,10 @@ struct AxisFrame {
   int64_t low;    // places of a part before its first output position
   int64_t pitch;  // places of a part
   std::vector<AxisPhase> phases;
-  std::vector<int64_t> parts_read;  // by any tap
+  std::vector<int64_t> parts_read;  // by any tap, ascending
 
   bool is_read(int64_t part) const {
-    return std::find(parts_read.begin(), parts_read.end(), part) != parts_read.end();
+    return std::binary_search(parts_read.begin(), parts_read.end(), part);
   }
 };
 
@@ -72,12 +72,15 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       frame.low = std::max(frame.low, -steps);
       high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
-      if (!frame.is_read(rest)) frame.parts_read.push_back(rest);
+      frame.parts_read.push_back(rest);
       phase.valid += std::min(phase.count, outs - steps) - std::max<int64_t>(0, -steps);
     }
     most_in = std::max(most_in, phase.count);
     frame.phases.push_back(std::move(phase));
   }
+  std::vector<int64_t>& parts = frame.parts_read;
+  std::sort(parts.begin(), parts.end());
+  parts.erase(std::unique(parts.begin(), parts.end()), parts.end());
   // What lies behind a line lies before the next one. Those of a phase must not meet.
   frame.pitch = std::max(outs + std::max(frame.low, high), most_in);
   return frame;

@@ -16,10 +16,10 @@
 //
 //   widen, narrow  to[n] = from[n]
 //
-// The first two and the last turn square blocks of one vector by one vector inside registers. All
-// convert between T and Accumulate<T> on the way, and may write past the caches, for what is far
-// larger than they are: a store that misses would wait for a line that nobody needs. turn.inl is
-// the one source, compiled once per SIMD level and type.
+// pack, unpack and pack_lanes turn square blocks of one vector by one vector inside registers. All
+// convert between T and Accumulate<T> on the way; those with `stream` may write past the caches,
+// for what is far larger than they are: a store that misses would wait for a line that nobody
+// needs. turn.inl is the one source, compiled once per SIMD level and type.
 #pragma once
 
 #include <cstdint>
