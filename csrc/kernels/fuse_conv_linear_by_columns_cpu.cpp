@@ -13,11 +13,12 @@
 //
 // A thread does one row f and group at a time: the bits do not depend on the number of threads.
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 
-#include "../geometry/stored_taps.h"
 #include "fuse_conv_linear_by_columns.h"
 #include "fuse_conv_linear_engines.h"
+#include "image_frame.h"
 #include "widen.h"
 
 namespace linfuse {
@@ -343,9 +344,13 @@ bool wins_by_columns(const FuseConvLinearParams& params) {
   const int64_t products = g.in_channels_per_group() * g.kernel_positions() *
                            g.out_channels_per_group() * g.out_positions();
   if (params.features * g.groups < kManyImages && products > kSmallImage) return false;
-  const RowTables tables(g);
-  const StoredRows stored = tables.view().stored;
-  const auto valid = static_cast<double>(stored.total(0) * stored.total(1) * stored.total(2));
+  double valid = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const std::vector<AxisPhase> phases = make_frame(g, a).phases;
+    valid *= static_cast<double>(
+        std::accumulate(phases.begin(), phases.end(), int64_t{0},
+                        [](int64_t sum, const AxisPhase& phase) { return sum + phase.valid; }));
+  }
   return valid >= kLeastValid * static_cast<double>(g.kernel_positions() * g.out_positions());
 }
 
