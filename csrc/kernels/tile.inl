@@ -15,16 +15,20 @@ void multiply_tile(const TileTask<A>& task, A* tile) {
   const int64_t tile_line = task.tile_line != 0 ? task.tile_line : kWidth;
   bool first = true;
   const auto flush = [&]() {
+    A* line = tile;
 #pragma GCC unroll 12
     for (int n = 0; n < kChannels; ++n) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        Unaligned* to = reinterpret_cast<Unaligned*>(tile + n * tile_line + v * kLanes);
+        Unaligned* to = reinterpret_cast<Unaligned*>(line + v * kLanes);
         Vector total = sums[0][n][v];
         for (int apart = 1; apart < kApart; ++apart) total += sums[apart][n][v];
         *to = first ? total : *to + total;
         for (int apart = 0; apart < kApart; ++apart) sums[apart][n][v] = Vector{};
       }
+      line += tile_line;
+      // Or all lines are found beforehand, and kept where the products need their registers.
+      __asm__ volatile("" : "+r"(line));
     }
     first = false;
   };
