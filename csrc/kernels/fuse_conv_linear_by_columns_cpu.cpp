@@ -13,7 +13,6 @@
 //
 // A thread does one row f and group at a time: the bits do not depend on the number of threads.
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 
 #include "fuse_conv_linear_by_columns.h"
@@ -295,6 +294,10 @@ class ByColumns {
     const int64_t step = work_.params.weight_stride.position;
     for (int64_t c = 0; c < in_channels_; ++c, result += g_.in_positions()) {
       T* to = work_.result(f, group * in_channels_ + c, 0);
+      if (step == 1) {
+        work_.turns.narrow(result, g_.in_positions(), to);
+        continue;
+      }
       for (int64_t i = 0; i < g_.in_positions(); ++i) to[i * step] = static_cast<T>(result[i]);
     }
   }
@@ -344,14 +347,8 @@ bool wins_by_columns(const FuseConvLinearParams& params) {
   const int64_t products = g.in_channels_per_group() * g.kernel_positions() *
                            g.out_channels_per_group() * g.out_positions();
   if (params.features * g.groups < kManyImages && products > kSmallImage) return false;
-  double valid = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    const std::vector<AxisPhase> phases = make_frame(g, a).phases;
-    valid *= static_cast<double>(
-        std::accumulate(phases.begin(), phases.end(), int64_t{0},
-                        [](int64_t sum, const AxisPhase& phase) { return sum + phase.valid; }));
-  }
-  return valid >= kLeastValid * static_cast<double>(g.kernel_positions() * g.out_positions());
+  return Frame(g, 1, 1).products().valid >=
+         kLeastValid * static_cast<double>(g.kernel_positions() * g.out_positions());
 }
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,
