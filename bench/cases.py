@@ -177,6 +177,7 @@ _CUDA_PATIENCE = 0.5
 _CUDA_FLOAT64_GFLOP = 1000
 
 _SMALL_MATRICES = ("gist", "forum", "lenet5", "cifar_verify")
+_EVERY_DTYPE = "same3x3"
 # Bound by memory from here on.
 LARGE_BYTES = 64e6
 _WHOLE_BYTES, _BLOCK_BYTES = 1.5e9, 256e6
@@ -228,6 +229,8 @@ def matrix_cases(device: str, quick: bool = False) -> Iterator[Case]:
     """
     layers = load_layers()
     wanted = [(name, "float32") for name in _SMALL_MATRICES]
+    if device == "cuda":
+        wanted += [(_EVERY_DTYPE, dtype) for dtype in DTYPES]
     for name, dtype, tier in load_matrices():
         if device == "cuda" or tier == "cpu":
             wanted.append((name, dtype))
@@ -253,12 +256,18 @@ def _large_matrix_cases(layers: list[Layer]) -> Iterator[Case]:
                 yield Case(MATRIX, part, name)
 
 
-def csr_cases(quick: bool = False) -> Iterator[Case]:
-    """Every layer in float32, and those of a large result in the other dtypes."""
-    for layer in _of_tier(load_layers(), "cpu", quick):
+def csr_cases(device: str = "cpu", quick: bool = False) -> Iterator[Case]:
+    """Every layer in float32, and those of a large result in the other dtypes.
+
+    On a card only those of a large result.
+    """
+    on_card = device == "cuda"
+    layers = load_layers()
+    for layer in _of_tier(layers, "cpu", quick) + (_of_tier(layers, "gpu", quick) * on_card):
         for name, dtype in DTYPES.items():
-            if name == "float32" or layer.csr_bytes(dtype) >= LARGE_BYTES:
-                yield Case(CSR, layer, name)
+            is_large = layer.csr_bytes(dtype) >= LARGE_BYTES
+            if is_large or (name == "float32" and not on_card):
+                yield Case(CSR, layer, name, device, _CUDA_PATIENCE if on_card else math.inf)
 
 
 def linear_conv_cases(quick: bool = False) -> Iterator[Case]:

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
 from pathlib import Path
 
+import torch
+
 from bench import machine, report
-from bench.cases import ENGINES, OURS, Case, fuse_cases, matrix_cases
+from bench.cases import ENGINES, OURS, Case, csr_cases, fuse_cases, matrix_cases
 from bench.layers import DTYPES
 from bench.race import matmul, race
 
 DEVICE = "cuda"
 # what is cut off when time runs out is float64, then bfloat16, never a part of a dtype's layers
 _DTYPE_ORDER = ["float32", "bfloat16", "float64"]
+_SAVED_EVERY = 10  # rows; what ends this process then does not take them along
 
 
 def _row(case: Case, seconds: float) -> report.Row | str:
     """The case's row, or why it has none. A peer that fails is named among those left out."""
     facts = case.facts
     entrants = [name for name in case.entrants if name not in facts["left_out"]]
+    try:
+        outcomes = race(case, entrants, seconds)
+    except Exception as error:  # of the measurement itself: no row is worth all others
+        return _in_a_line(error)
     medians = {}
-    for name, outcome in race(case, entrants, seconds).items():
+    for name, outcome in outcomes.items():
         if isinstance(outcome, Exception):
-            why = str(outcome).splitlines()[0] if str(outcome) else type(outcome).__name__
-            facts["left_out"][name] = why
+            facts["left_out"][name] = _in_a_line(outcome)
         else:
             medians[name] = statistics.median(outcome)
     if OURS not in medians:
         return facts["left_out"][OURS]
     return report.make_row(facts, medians)
+
+
+def _in_a_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _card_lives() -> bool:
+    """Whether the card still takes work; after an illegal access it does not, in this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main() -> int:
@@ -49,12 +69,21 @@ def main() -> int:
         gflop, samples = matmul(DEVICE, DTYPES[dtype], 0.5)
         rates[dtype] = gflop / statistics.median(samples)
 
-    cases = list(matrix_cases(DEVICE, options.quick))
+    folders = [report.LAST if options.quick else report.RESULTS]
+    if out := os.environ.get("OUT"):
+        folders.append(Path(out))
+    checks = {}
+    if options.checks:
+        lines = options.checks.read_text().splitlines()
+        checks = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    name = machine.stem(DEVICE)
+
+    cases = [*matrix_cases(DEVICE, options.quick), *csr_cases(DEVICE, options.quick)]
     fuse = fuse_cases(DEVICE, options.quick)
     cases += sorted(fuse, key=lambda case: _DTYPE_ORDER.index(case.dtype_name))
     rows, failed, unmeasured = [], {}, []
     for case in cases:
-        if time.monotonic() > stop:
+        if time.monotonic() > stop or not _card_lives():
             unmeasured.append(case.group)
             continue
         row = _row(case, each)
@@ -68,19 +97,17 @@ def main() -> int:
             peer = f"{row['peer']} {row['peer_ms']:.3f} ms" if "peer" in row else "no peer"
             sides = "".join(f", {n} {ms:.3f} ms" for n, ms in row.get("engines_ms", {}).items())
             print(f"{case.group}: {row['ms']:.3f} ms{sides}, {peer}", flush=True)
+            if len(rows) % _SAVED_EVERY == 0:
+                doc = report.document(DEVICE, rows, rates, checks={**checks, "rows": "not all"})
+                for folder in folders:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / f"{name}.json").write_text(json.dumps(doc, indent=1) + "\n")
 
-    checks = {}
-    if options.checks:
-        lines = options.checks.read_text().splitlines()
-        checks = dict(line.split("\t", 1) for line in lines if "\t" in line)
     told = [f"{group} ({why})" for group, why in failed.items()]
     checks["benchmark cases that failed"] = "; ".join(told) or "none"
     checks["benchmark cases not reached in time"] = ", ".join(unmeasured) or "none"
-    folders = [report.LAST if options.quick else report.RESULTS]
-    if out := os.environ.get("OUT"):
-        folders.append(Path(out))
     doc = report.document(DEVICE, rows, rates, checks=checks)
-    print(*report.write(doc, machine.stem(DEVICE), *folders), sep="\n")
+    print(*report.write(doc, name, *folders), sep="\n")
     return 1 if failed else 0
 
 

@@ -80,7 +80,8 @@ def summarise(rows: list[Row]) -> list[Row]:
             "geometric_mean_ratio": geometric_mean(r["ratio"] for r in raced),
             "slower_than_peer": {r["layer"]: round(r["ratio"], 3) for r in raced if r["ratio"] < 1},
         }
-        adjoint = [r["all_peers_ms"]["adjoint"] / r["ms"] for r in raced if op == FUSE]
+        measured = [r for r in raced if op == FUSE and "adjoint" in r["all_peers_ms"]]
+        adjoint = [r["all_peers_ms"]["adjoint"] / r["ms"] for r in measured]
         if adjoint:
             part["geometric_mean_over_adjoint"] = geometric_mean(adjoint)
         found.append(part)

@@ -60,15 +60,23 @@ def _affine(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequ
     yield _gradients(block, conv)
 
 
+def _sparse(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequence[Tensor]]:
+    """The same in CSR."""
+    rows = make_geometry("sanitize", tuple(conv[0].shape), size, **settings).rows
+    for block in (None, (rows // 3, rows - 1)):
+        matrix, offset = functional.conv_to_affine(
+            *conv, size, **settings, layout=torch.sparse_csr, rows=block
+        )
+        yield matrix.crow_indices(), matrix.col_indices(), matrix.values(), offset
+        yield _gradients((matrix.values(), offset), conv)
+
+
 def _fused(conv: list[Tensor], size: Size, settings: Settings) -> Iterator[Sequence[Tensor]]:
-    """The convolution merged into a Linear, by either engine."""
+    """The convolution merged into a Linear by our own kernels; its gradients are torch's."""
     rows = make_geometry("sanitize", tuple(conv[0].shape), size, **settings).rows
     both = [*conv, *(_normal(shape, conv[0]) for shape in [(_DENSE, rows), (_DENSE,)])]
-    for engine in engines.ENGINES:
-        with engines.forced(engine):
-            fused = functional.fuse_conv_linear(*both, size, **settings)
-            yield fused
-            yield _gradients(fused, both)
+    with engines.forced("own"):
+        yield functional.fuse_conv_linear(*both, size, **settings)
 
 
 def _normal(shape: Size, like: Tensor) -> Tensor:
@@ -78,7 +86,7 @@ def _normal(shape: Size, like: Tensor) -> Tensor:
 def main(device: str = "cuda", dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """Runs every op on every case; an error on the device surfaces as an exception."""
     torch.manual_seed(0)
-    for op, cases in ((_affine, CASES), (_fused, FUSED_CASES)):
+    for op, cases in ((_affine, CASES), (_sparse, CASES), (_fused, FUSED_CASES)):
         for dtype in dtypes:
             for shape, size, settings in cases:
                 like = torch.empty(0, device=device, dtype=dtype)

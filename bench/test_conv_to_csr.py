@@ -14,7 +14,7 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 def cases(quick: bool) -> Iterator[Case]:
     """The groups of this file."""
-    return csr_cases(quick)
+    return csr_cases("cpu", quick)
 
 
 def test_conv_to_csr(run, case: Case, entrant: str) -> None:

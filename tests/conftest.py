@@ -27,7 +27,10 @@ DEVICES = [
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    # Gradients that go through torch are asked to be the same twice, as ours are.
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
 
 

@@ -534,3 +534,24 @@ def test_wrong_arguments_of_the_diagonals() -> None:
         functional.conv_to_diagonals([1.0], None, (6, 5))
     with pytest.raises(ValueError, match=r"conv_to_diagonals: `bias` must have shape \(4,\), got"):
         functional.conv_to_diagonals(WEIGHT, torch.ones(3), (6, 5))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_can_be_captured(dtype: torch.dtype) -> None:
+    """In a CUDA graph, which forbids waiting for the card; a replay gives the same bits."""
+    case = BY_NAME["same3x3"]
+    weight = case.weight(dtype, device="cuda")
+    expected = triples(case, weight)
+    expected_gradient = gather(case, expected[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = triples(case, weight)
+        gradient = gather(case, made[0])
+    for tensor in (*made, gradient):
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    both = zip((*made, gradient), (*expected, expected_gradient), strict=True)
+    assert all(torch.equal(left, right) for left, right in both)

@@ -428,6 +428,21 @@ def test_an_infinite_bias_stays_infinite(kernels: Kernels, way: str) -> None:
     assert np.isposinf(made).all()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
+@pytest.mark.parametrize("way", ["auto", "tile", "packed"])
+def test_no_number_stays_none(kernels: Kernels, way: str, bits: int) -> None:
+    """Whatever its bits: a card's own has all of them set."""
+    case = BY_NAME["pointwise"]
+    for place in range(2):
+        weight = np.ones((5, 7), np.float32)
+        linear = np.ones((FEATURES, 5, 12), np.float32)
+        (weight if place else linear).view(np.uint32).ravel()[9] = bits
+        operands = weight.reshape(case.weight_size), None, linear.reshape(FEATURES, 60), None
+        made, _ = kernels.fuse_conv_linear(FORWARD, problem_of(case, torch.float32), way, *operands)
+        wanted = np.einsum("foi,oc->fci", linear, weight).reshape(made.shape)
+        assert np.isnan(wanted).any() and np.array_equal(np.isnan(made), np.isnan(wanted))
+
+
 @pytest.mark.parametrize("way", ["element", "tile", "packed"])
 def test_a_stride_beyond_the_image_may_be_any(kernels: Kernels, way: str) -> None:
     near, far = (Case("far", "", (3, 1, 2), (5,), stride=s, dilation=2) for s in (5, 2**63 - 1))
@@ -504,13 +519,16 @@ def test_stays_in_bounds_under_sanitizers(sanitized: Path, tmp_path: Path) -> No
         check(*job, outputs)
 
 
-# The barriers: the last one of conv_to_affine only guards a loop whose turns touch no byte of
-# another thread, so that it is not among them.
+# The barriers
 
 
 def fused_by_tile_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Call:
     # One block makes all the tiles, one after the other.
     return fused_call(case, dtype, replace(schedule, most_blocks=1), "tile")
+
+
+def csr_call_of_one_block(case: Case, dtype: torch.dtype, schedule: Schedule) -> Call:
+    return csr_call(case, dtype, replace(schedule, most_blocks=1))
 
 
 def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> Call:
@@ -522,6 +540,8 @@ def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> 
     [
         ("conv_to_affine_cuda.cu", 0, forward_call),
         ("conv_to_affine_cuda.cu", 1, forward_call),
+        ("conv_to_csr_cuda.cu", 0, csr_call),
+        ("conv_to_csr_cuda.cu", 1, csr_call_of_one_block),
         ("block_sum.h", 0, backward_call),
         ("block_sum.h", 1, backward_call),
         ("block_sum.h", 0, csr_backward_call),

@@ -4,28 +4,38 @@
 //   segment  kSegmentBytes consecutive bytes of the matrix, seen as one flat array: part of a row,
 //            or several rows where rows are short
 //   pane     the part of one row that lies in a segment
+//   team     neighbouring threads that write the taps of one pane; all of the block where a segment
+//            has one pane, a warp where it has many
 //
 // Who computes what: one block makes one segment at a time. It clears the segment in shared memory,
-// its threads write the taps that fall into it (one thread per tap of a pane: an input channel of
-// the group times a kernel element), and the block streams the segment out in 16-byte stores. Every
-// byte of the matrix is written once, and no thread divides per element, only per tap.
+// while its first warp describes the panes, a thread each: what has to be divided is divided there.
+// Its teams write the taps of the panes (team.h): where in a plane a kernel element falls is the
+// same in every input channel, so that a thread finds it once and then goes from plane to plane.
+// The block streams the segment out in 16-byte stores. Every byte of the matrix is written once.
 // Where several taps meet in one element (circular, reflect, replicate), the one with the smallest
 // kernel element on every axis owns it and adds the others in a fixed order: no atomics.
 //
-// Shared memory: 16 KB a block, so that eight blocks of 256 threads fill a multiprocessor.
+// Shared memory: 18 KB a block; registers let four blocks of 256 threads fit a multiprocessor.
 // Not handled here: empty problems (the launcher) and sizes beyond int64 (make_geometry).
+#include <algorithm>
+
 #include "conv_to_affine.h"
 #include "grid_size.h"
+#include "ptx.h"
+#include "team.h"
 
 namespace linfuse {
 namespace {
 
 constexpr int kThreads = 256;
+// On a multiprocessor at least: so few that no register spills.
+template <bool kRepeats>
+constexpr int kBlocks = kRepeats ? 2 : 4;
+constexpr int kLeastLanes = 32;  // of a team
 constexpr int kSegmentBytes = 16384;
-
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
+constexpr int kPieces = kSegmentBytes / kPieceBytes;
+constexpr int kPanes = 32;  // described at a time
+static_assert(kPieces % kThreads == 0, "all threads clear and store alike");
 
 // True for the smallest kernel element of an axis that ties these two positions.
 __device__ inline bool is_owner(const Geometry& g, int a, int64_t coarse, int64_t k, int64_t fine) {
@@ -57,83 +67,122 @@ __device__ T sum_of_taps(const Geometry& g, const T* kernel, const Position& coa
   return static_cast<T>(total);
 }
 
-// Writes what kernel element k contributes to the pane [first_col, last_col) of a row.
+struct Pane {
+  Position o;
+  int64_t weight;  // where the kernel elements of its first input channel begin
+  int64_t plane;   // where that channel's plane begins; this and what follows, from the segment on
+  int first;       // elements [first, last) of the segment; both are its end where there is none
+  int last;
+  int channels;  // of the row's group, that reach into it
+};
+
+// What a row, counted from row_start, has in the segment of `count` elements from `start` on.
+__device__ inline void describe(const Geometry& g, int64_t row_start, int64_t row, int64_t start,
+                                int count, Pane& pane) {
+  const int64_t begin = row * g.cols() - start;
+  const int64_t end = begin + g.cols();
+  const int first = begin < count ? (begin < 0 ? 0 : static_cast<int>(begin)) : count;
+  const int last = end < count ? static_cast<int>(end) : count;
+  pane.first = first;
+  pane.last = last;
+  if (first == count) return;
+  const int64_t out_positions = g.out_positions();
+  const int64_t c_out = (row_start + row) / out_positions;
+  pane.o = out_position(g, row_start + row - c_out * out_positions);
+  const int64_t group_first = g.group_of_out_channel(c_out) * g.in_channels_per_group();
+  int64_t c_in = (first - begin) / g.in_positions() - group_first;
+  int64_t c_end = (last - 1 - begin) / g.in_positions() + 1 - group_first;
+  if (c_in < 0) c_in = 0;
+  if (c_end > g.in_channels_per_group()) c_end = g.in_channels_per_group();
+  pane.channels = c_end > c_in ? static_cast<int>(c_end - c_in) : 0;
+  pane.weight = g.weight_index(c_out, c_in);
+  pane.plane = begin + (group_first + c_in) * g.in_positions();
+}
+
+// Writes what kernel element k contributes to a thread's channels of a pane.
 template <typename T, bool kRepeats>
-__device__ void write_tap(const Geometry& g, const T* weight, int64_t c_out, const Position& o,
-                          int64_t c_in, int64_t k, int64_t first_col, int64_t last_col, T* pane) {
-  const Position kernel = kernel_position(g, k);
+__device__ void write_taps(const Geometry& g, const T* weight, const Pane& pane,
+                           const TeamShare& share, int64_t k, const Position& kernel, T* segment) {
+  if (share.channel >= pane.channels) return;
   Position i;
   Position coarse;
   Position fine;
   for (int a = 0; a < kAxes; ++a) {
-    coarse.at[a] = g.transposed ? g.coarse_position(a, o.at[a], kernel.at[a]) : o.at[a];
-    fine.at[a] = g.transposed ? o.at[a] : g.fine_position(a, o.at[a], kernel.at[a]);
+    coarse.at[a] = g.transposed ? g.coarse_position(a, pane.o.at[a], kernel.at[a]) : pane.o.at[a];
+    fine.at[a] = g.transposed ? pane.o.at[a] : g.fine_position(a, pane.o.at[a], kernel.at[a]);
     i.at[a] = g.transposed ? coarse.at[a] : fine.at[a];
     if (i.at[a] < 0) return;
   }
-  const int64_t col = g.column(c_out, c_in, i);
-  if (col < first_col || col >= last_col) return;
-  const T* elements = weight + g.weight_index(c_out, c_in);
   if constexpr (kRepeats) {
     for (int a = 0; a < kAxes; ++a) {
       if (!is_owner(g, a, coarse.at[a], kernel.at[a], fine.at[a])) return;
     }
-    pane[col - first_col] = sum_of_taps(g, elements, coarse, kernel, fine);
-  } else {
-    pane[col - first_col] = elements[k];
+  }
+  const int64_t in_positions = g.in_positions();
+  const int64_t weight_step = g.weight_step_in();
+  const T* elements = weight + pane.weight + share.channel * weight_step;
+  int64_t at = pane.plane + share.channel * in_positions +
+               (i.at[0] * g.axis[1].in + i.at[1]) * g.axis[2].in + i.at[2];
+  for (int c = share.channel; c < pane.channels; c += share.channel_step) {
+    if (at >= pane.first && at < pane.last) {
+      if constexpr (kRepeats) {
+        segment[at] = sum_of_taps(g, elements, coarse, kernel, fine);
+      } else {
+        segment[at] = elements[k];
+      }
+    }
+    at += share.channel_step * in_positions;
+    elements += share.channel_step * weight_step;
   }
 }
 
 template <typename T, bool kRepeats>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<kRepeats>)
     conv_to_affine_kernel(Geometry g, const T* weight, T* matrix, int64_t row_start,
-                          int64_t elements) {
+                          int64_t elements, int lanes) {
   constexpr int kSegment = kSegmentBytes / static_cast<int>(sizeof(T));
-  __shared__ Bytes16 shared[kSegmentBytes / 16];
-  T* segment = reinterpret_cast<T*>(shared);
+  __shared__ Piece pieces[kPieces];
+  __shared__ Pane panes[kPanes];
+  T* segment = reinterpret_cast<T*>(pieces);
 
-  const int64_t cols = g.cols();
-  const int64_t in_positions = g.in_positions();
-  const int64_t in_channels = g.in_channels_per_group();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int team = thread / lanes;
   const int64_t kernel_positions = g.kernel_positions();
+  const TeamShare share = team_share(thread % lanes, lanes, kernel_positions);
+  const Position first_kernel = kernel_position(g, share.element);
 
   for (int64_t start = static_cast<int64_t>(blockIdx.x) * kSegment; start < elements;
        start += static_cast<int64_t>(gridDim.x) * kSegment) {
-    const int64_t stop = start + kSegment < elements ? start + kSegment : elements;
-    for (int n = threadIdx.x; n < kSegmentBytes / 16; n += kThreads) shared[n] = Bytes16{};
-    __syncthreads();
+    const int count = elements - start < kSegment ? static_cast<int>(elements - start) : kSegment;
+    // These are the pieces that the thread itself has stored before.
+#pragma unroll
+    for (int n = 0; n < kPieces; n += kThreads) pieces[n + thread] = Piece{};
 
-    // Rows are walked in turn; a long row has one pane here, short rows have many.
-    for (int64_t row = start / cols; row * cols < stop; ++row) {
-      const int64_t row_begin = row * cols;
-      const int64_t first_col = start > row_begin ? start - row_begin : 0;
-      const int64_t last_col = stop - row_begin < cols ? stop - row_begin : cols;
-      const int64_t c_out = (row_start + row) / g.out_positions();
-      const Position o = out_position(g, (row_start + row) % g.out_positions());
-      // Input channels of the group whose plane reaches into the pane.
-      const int64_t group_first = g.group_of_out_channel(c_out) * in_channels;
-      int64_t first_c_in = first_col / in_positions - group_first;
-      int64_t last_c_in = (last_col - 1) / in_positions - group_first + 1;
-      first_c_in = first_c_in < 0 ? 0 : first_c_in;
-      last_c_in = last_c_in > in_channels ? in_channels : last_c_in;
-      const int64_t taps = (last_c_in - first_c_in) * kernel_positions;
-      T* pane = segment + (row_begin + first_col - start);
-      for (int64_t tap = threadIdx.x; tap < taps; tap += kThreads) {
-        write_tap<T, kRepeats>(g, weight, c_out, o, first_c_in + tap / kernel_positions,
-                               tap % kernel_positions, first_col, last_col, pane);
+    int64_t row = thread < kPanes ? start / g.cols() + thread : 0;
+    bool is_done = false;
+    while (!is_done) {
+      if (thread < kPanes) describe(g, row_start, row, start, count, panes[thread]);
+      row += kPanes;
+      __syncthreads();
+      for (int n = team; n < kPanes && panes[n].first < count; n += kThreads / lanes) {
+        for (int64_t k = share.element; k < kernel_positions; k += share.element_step) {
+          const Position kernel = k == share.element ? first_kernel : kernel_position(g, k);
+          write_taps<T, kRepeats>(g, weight, panes[n], share, k, kernel, segment);
+        }
       }
+      is_done = panes[kPanes - 1].last == count;
+      __syncthreads();
     }
-    __syncthreads();
 
     // The matrix is aligned to 16 bytes and so is every segment; only the last may end within one.
-    const int count = static_cast<int>(stop - start);
-    constexpr int kPerStore = 16 / static_cast<int>(sizeof(T));
-    Bytes16* to = reinterpret_cast<Bytes16*>(matrix + start);
-    for (int n = threadIdx.x; n < count / kPerStore; n += kThreads) to[n] = shared[n];
-    for (int n = count / kPerStore * kPerStore + threadIdx.x; n < count; n += kThreads) {
+    auto* const to = reinterpret_cast<Piece*>(matrix + start);
+#pragma unroll
+    for (int n = 0; n < kPieces; n += kThreads) {
+      if ((n + thread + 1) * kPiece<T> <= count) to[n + thread] = pieces[n + thread];
+    }
+    for (int n = count / kPiece<T> * kPiece<T> + thread; n < count; n += kThreads) {
       matrix[start + n] = segment[n];
     }
-    __syncthreads();
   }
 }
 
@@ -146,6 +195,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Threads of a team: as many as leave every pane of a segment one, a warp at least.
+int lanes_for(int64_t panes) {
+  int lanes = kThreads;
+  while (lanes > kLeastLanes && lanes * panes > kThreads) lanes /= 2;
+  return lanes;
+}
+
 template <typename T>
 cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
   const int64_t rows = params.row_stop - params.row_start;
@@ -153,9 +209,15 @@ cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
   if (elements <= 0) return cudaSuccess;
   const auto kernel = params.geometry.taps_may_collide() ? conv_to_affine_kernel<T, true>
                                                          : conv_to_affine_kernel<T, false>;
-  kernel<<<grid_of(elements, kSegmentBytes / static_cast<int64_t>(sizeof(T))), kThreads, 0,
-           stream>>>(params.geometry, static_cast<const T*>(params.weight),
-                     static_cast<T*>(params.matrix), params.row_start, elements);
+  constexpr int64_t kSegment = kSegmentBytes / static_cast<int64_t>(sizeof(T));
+  // Several for a block spread what it finds out once; few must be spread over the card.
+  constexpr int64_t kManySegments = 1 << 12;
+  constexpr int64_t kSegmentsPerBlock = 4;
+  const int64_t segments = (elements - 1) / kSegment + 1;
+  const unsigned blocks = grid_of(segments, segments < kManySegments ? 1 : kSegmentsPerBlock);
+  kernel<<<blocks, kThreads, 0, stream>>>(params.geometry, static_cast<const T*>(params.weight),
+                                          static_cast<T*>(params.matrix), params.row_start,
+                                          elements, lanes_for(kSegment / params.geometry.cols()));
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   offset_kernel<T><<<grid_of(rows, kThreads), kThreads, 0, stream>>>(

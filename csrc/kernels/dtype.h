@@ -1,13 +1,18 @@
 // Element types of the kernels, on the host and on a card, without torch.
 //
 // Half types are storage only: a kernel widens to Accumulate<T>, computes there, and rounds once,
-// to nearest with ties to even.
+// to nearest with ties to even. A card has instructions for that; only a NaN's bits differ.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "../geometry/geometry.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 namespace linfuse {
 
@@ -34,10 +39,14 @@ struct BFloat16 {
 
   BFloat16() = default;
   LINFUSE_HD explicit BFloat16(float value) {
+#if defined(__CUDA_ARCH__)
+    bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
     const uint32_t wide = detail::bits_of(value);
     // A NaN whose payload lies in the dropped bits must not round to infinity.
     bits = value != value ? uint16_t{0x7fc0}
                           : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+#endif
   }
   LINFUSE_HD explicit operator float() const {
     return detail::float_of(static_cast<uint32_t>(bits) << 16);
@@ -49,6 +58,9 @@ struct Float16 {
 
   Float16() = default;
   LINFUSE_HD explicit Float16(float value) {
+#if defined(__CUDA_ARCH__)
+    bits = __half_as_ushort(__float2half_rn(value));
+#else
     const uint32_t wide = detail::bits_of(value);
     const uint32_t sign = (wide >> 16) & 0x8000;
     const uint32_t magnitude = wide & 0x7fffffff;
@@ -65,8 +77,12 @@ struct Float16 {
       narrow = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (uint32_t{112} << 23)) >> 13;
     }
     bits = static_cast<uint16_t>(sign | narrow);
+#endif
   }
   LINFUSE_HD explicit operator float() const {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(bits));
+#else
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
     const uint32_t magnitude = bits & 0x7fff;
     uint32_t wide;
@@ -79,6 +95,7 @@ struct Float16 {
       wide = detail::bits_of(static_cast<float>(magnitude) * 5.9604644775390625e-8f);
     }
     return detail::float_of(sign | wide);
+#endif
   }
 };
 

@@ -96,6 +96,9 @@ struct WarpProduct;
 
 // FMA. A lane holds squares of 4 by 4, 8 lanes below each other and 4 side by side. Such a tile is
 // as large as four of the tensor cores' tiles, so that they are counted in halves.
+//
+// A load of 16 bytes takes half the passes where lanes n and n ^ 1 read the same, or n and n ^ 2:
+// the former are side by side, the latter below each other.
 template <int kHalvesDown, int kHalvesAcross>
 struct WarpProduct<float, kHalvesDown, kHalvesAcross> {
   static constexpr int kDown = (kHalvesDown + 1) / 2;
@@ -107,9 +110,13 @@ struct WarpProduct<float, kHalvesDown, kHalvesAcross> {
   using Panel = PanelByDepth<float, rows>;
 
   LINFUSE_HD static int row(int lane, int n) {
-    return n / (kAcross * 16) * 32 + lane / 4 * 4 + n / (kAcross * 4) % 4;
+    const int square = lane / 8 * 2 + lane / 2 % 2;
+    return n / (kAcross * 16) * 32 + square * 4 + n / (kAcross * 4) % 4;
   }
-  LINFUSE_HD static int col(int lane, int n) { return n / 4 % kAcross * 16 + lane % 4 * 4 + n % 4; }
+  LINFUSE_HD static int col(int lane, int n) {
+    const int square = lane / 4 % 2 * 2 + lane % 2;
+    return n / 4 % kAcross * 16 + square * 4 + n % 4;
+  }
 
   template <typename PanelA, typename PanelB>
   __device__ static void add(const float* a, const float* b, int first_row, int first_col, int lane,
@@ -254,15 +261,18 @@ struct HalfProduct : PieceProduct<kDown, kAcross> {
 
 // A float as two numbers of 11 significant bits, which tensor cores take: the nearest, and what is
 // then left, rounded as well; together they are off by 2^-24 of it at most. Where the float is not
-// finite, or would round to what is not, one of them is no number.
+// finite, or would round to what is not, one of them is no number: a card's NaN has all its bits
+// set and would round to zero.
 struct Split {
   uint32_t big;
   uint32_t small;
 
   LINFUSE_HD explicit Split(float value) {
     constexpr uint32_t kSeen = 0xffffe000;
+    constexpr uint32_t kNaN = 0x7fc00000;
     big = (bits_of(value) + 0x1000) & kSeen;
-    small = (bits_of(value - float_of(big)) + 0x1000) & kSeen;
+    const float rest = value - float_of(big);
+    small = rest == rest ? (bits_of(rest) + 0x1000) & kSeen : kNaN;
   }
 };
 

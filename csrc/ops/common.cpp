@@ -8,6 +8,8 @@
 #include <thread>
 #endif
 
+#include "../kernels/upload.h"
+
 namespace linfuse {
 
 using detail::reject;
@@ -157,13 +159,22 @@ CudaScope::CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
-Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words) {
+Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words,
+               cudaStream_t stream) {
+  constexpr int64_t kFewWords = 1 << 14;
   const auto count = static_cast<int64_t>(words.size());
+  Tensor card = allocate(op, like, {count}, ScalarType::Long);
+  auto captures = cudaStreamCaptureStatusNone;
+  check_cuda(op, cudaStreamIsCapturing(stream, &captures));
+  if (count <= kFewWords || captures != cudaStreamCaptureStatusNone) {
+    auto* const to = static_cast<int64_t*>(card.mutable_data_ptr());
+    check_cuda(op, launch_upload_cuda(words.data(), count, to, stream));
+    return card;
+  }
   // copy_ reads the words before it returns, and does not write them.
   const Tensor host = torch::stable::from_blob(
       const_cast<int64_t*>(words.data()), {count}, {1},
       torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Long);
-  Tensor card = allocate(op, like, {count}, ScalarType::Long);
   torch::stable::copy_(card, host);
   return card;
 }

@@ -117,11 +117,13 @@ class [[gnu::visibility("hidden")]] CudaScope {
   cudaStream_t stream_ = nullptr;
 };
 
-// The small tables of a kernel, on the card of `like`.
-Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words);
-
 // Turns a launcher's error into an exception that names the op.
 void check_cuda(const char* op, cudaError_t error);
+
+// The tables of a kernel on the card of `like`, whose stream this is. Only for large ones it is
+// waited for the stream.
+Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words,
+               cudaStream_t stream);
 #endif
 
 }  // namespace linfuse

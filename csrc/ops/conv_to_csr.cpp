@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_to_csr(Tensor weight, IntList input_size
 #if defined(LINFUSE_WITH_CUDA)
   if (weight.is_cuda()) {
     const CudaScope scope(weight);
-    const Tensor on_card = to_card(kOp, weight, tables.pack());
+    const Tensor on_card = to_card(kOp, weight, tables.pack(), scope.stream());
     params.taps = tables.view(static_cast<const int64_t*>(on_card.const_data_ptr()));
     check_cuda(kOp, launch_conv_to_csr_cuda(params, scope.stream()));
     return {values, columns, row_pointers};

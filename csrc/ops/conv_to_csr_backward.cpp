@@ -33,7 +33,7 @@ Tensor conv_to_csr_backward(Tensor grad_values, IntList weight_size, IntList inp
 #if defined(LINFUSE_WITH_CUDA)
   if (grad_values.is_cuda()) {
     const CudaScope scope(grad_values);
-    const Tensor on_card = to_card(kOp, grad_values, tables.pack());
+    const Tensor on_card = to_card(kOp, grad_values, tables.pack(), scope.stream());
     params.taps = tables.view(static_cast<const int64_t*>(on_card.const_data_ptr()));
     check_cuda(kOp, launch_conv_to_csr_backward_cuda(params, scope.stream()));
     return grad_weight;

@@ -20,6 +20,7 @@
 #include "planted/planted.h"
 #include "shim/grid.h"
 #include "shim/memory.h"
+#include "upload.h"
 
 using cuda_on_cpu::Memory;
 
@@ -59,6 +60,11 @@ size_t product(const int64_t* values, int64_t count) {
   int64_t result = 1;
   for (int64_t n = 0; n < count; ++n) result *= values[n];
   return static_cast<size_t>(result);
+}
+
+cudaError_t upload(const std::vector<int64_t>& words, Memory& on_card) {
+  return linfuse::launch_upload_cuda(words.data(), static_cast<int64_t>(words.size()),
+                                     static_cast<int64_t*>(on_card.data()), nullptr);
 }
 
 const std::map<std::string, cudaError_t (*)(const float*, float*, int)> kPlanted = {
@@ -207,18 +213,19 @@ const char* conv_to_csr(const Problem* problem, int64_t index32, const void* wei
     const auto stored = static_cast<size_t>(params.stored);
     const auto rows = static_cast<size_t>(params.row_stop - params.row_start);
     const std::vector<int64_t> words = tables.pack();
-    Memory words_copy("words", sizeof(int64_t) * words.size(), sizeof(int64_t), words.data());
+    Memory on_card("words", sizeof(int64_t) * words.size(), kOutputAlignment);
     Memory weight_copy("weight", bytes * product(problem->weight_size, problem->axes + 2), bytes,
                        weight);
     Memory values_made("values", bytes * stored, kOutputAlignment);
     Memory columns_made("columns", index_bytes * stored, kOutputAlignment);
     Memory row_pointers_made("row_pointers", index_bytes * (rows + 1), kOutputAlignment);
-    params.taps = tables.view(static_cast<const int64_t*>(words_copy.data()));
+    params.taps = tables.view(static_cast<const int64_t*>(on_card.data()));
     params.weight = weight_copy.data();
     params.values = values_made.data();
     params.columns = columns_made.data();
     params.row_pointers = row_pointers_made.data();
-    const cudaError_t error = linfuse::launch_conv_to_csr_cuda(params, nullptr);
+    cudaError_t error = upload(words, on_card);
+    if (error == cudaSuccess) error = linfuse::launch_conv_to_csr_cuda(params, nullptr);
     values_made.copy_to(values);
     columns_made.copy_to(columns);
     row_pointers_made.copy_to(row_pointers);
@@ -242,14 +249,15 @@ const char* conv_to_csr_backward(const Problem* problem, const void* grad_values
     const auto stored = static_cast<size_t>(
         tables.view().stored.between(params.geometry, params.row_start, params.row_stop));
     const std::vector<int64_t> words = tables.pack();
-    Memory words_copy("words", sizeof(int64_t) * words.size(), sizeof(int64_t), words.data());
+    Memory on_card("words", sizeof(int64_t) * words.size(), kOutputAlignment);
     Memory grad_values_copy("grad_values", bytes * stored, bytes, grad_values);
     Memory grad_weight_made("grad_weight", bytes * product(problem->weight_size, problem->axes + 2),
                             kOutputAlignment);
-    params.taps = tables.view(static_cast<const int64_t*>(words_copy.data()));
+    params.taps = tables.view(static_cast<const int64_t*>(on_card.data()));
     params.grad_values = grad_values_copy.data();
     params.grad_weight = grad_weight_made.data();
-    const cudaError_t error = linfuse::launch_conv_to_csr_backward_cuda(params, nullptr);
+    cudaError_t error = upload(words, on_card);
+    if (error == cudaSuccess) error = linfuse::launch_conv_to_csr_backward_cuda(params, nullptr);
     grad_weight_made.copy_to(grad_weight);
     return error;
   });
