@@ -295,7 +295,9 @@ def test_every_cuda_source_is_run_here() -> None:
         "conv_to_affine_backward_cuda.cu",
         "conv_to_csr_cuda.cu",
         "conv_to_csr_backward_cuda.cu",
+        "upload_cuda.cu",
         "fuse_conv_linear_cuda.cu",
+        "fuse_conv_linear_bias_cuda.cu",
         "fuse_conv_linear_by_tile_cuda.cu",
         "fuse_conv_linear_by_element_cuda.cu",
         "fuse_conv_linear_by_packed_cuda.cu",
@@ -413,6 +415,20 @@ def test_slices_of_several_tiles(kernels: Kernels) -> None:
     broken = Schedule("reverse", without_barrier=barriers_of(PACKED)[0])
     with pytest.raises(KernelError, match="race"):
         kernels.fuse_conv_linear(broken, problem, "packed", *operands)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_slices_of_the_bias(kernels: Kernels, schedule: Schedule) -> None:
+    """So many rows and so few features that several blocks read one of them."""
+    case = Case("long", "", (5, 1, 1), (2501,))
+    sizes = [case.weight_size, (5,), (2, 5 * 2501), (2,)]
+    tensors = [whole_numbers(size, seed) for seed, size in enumerate(sizes)]
+    _, made = kernels.fuse_conv_linear(
+        schedule, problem_of(case, torch.float32), "auto", *(to_numpy(t.float()) for t in tensors)
+    )
+    _, bias, linear, linear_bias = tensors
+    wanted = linear.view(2, 5, 2501).sum(2) @ bias + linear_bias
+    assert torch.equal(to_torch(made, torch.float32), wanted.float())
 
 
 @pytest.mark.parametrize("way", ["auto", "packed"])
@@ -548,6 +564,7 @@ def fused_by_packed_call(case: Case, dtype: torch.dtype, schedule: Schedule) -> 
         ("block_sum.h", 1, csr_backward_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 0, fused_by_tile_call),
         ("fuse_conv_linear_by_tile_cuda.cu", 1, fused_by_tile_call),
+        ("fuse_conv_linear_by_tile_cuda.cu", 2, fused_by_tile_call),
         # The first has a test of its own. Without the fourth, others divide by sizes that are not
         # there yet.
         *((PACKED, n, fused_by_packed_call) for n in (1, 2, 4, 5, 6)),

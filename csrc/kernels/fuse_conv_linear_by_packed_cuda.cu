@@ -16,10 +16,10 @@
 // Who computes what. pack_weight_kernel: a thread makes a piece of weight[group, k, c_in] at a
 // time. pack_linear_kernel: a block makes a slice of the lines [group, o] of one feature at a time,
 // through shared memory, and with that part of the Linear's row in hand also its part of the fused
-// bias; add_parts_kernel adds those up. product_kernel: one block makes one tile at a time; for
-// every slot that is a tap of any of its items, and every kDepth output channels, a step copies a
-// part of the items' lines and of the weight's to shared memory, and the warps multiply
-// (warp_product.h).
+// bias; those are added up (fuse_conv_linear_bias_cuda.cu). product_kernel: one block makes one
+// tile at a time; for every slot that is a tap of any of its items, and every kDepth output
+// channels, a step copies a part of the items' lines and of the weight's to shared memory, and the
+// warps multiply (warp_product.h).
 //
 // Order of items: a tile has few segments and many features. So nearly all its items share their
 // taps, and what padding would have had is not multiplied, however small the images; and what is
@@ -34,6 +34,7 @@
 
 #include "block_sum.h"
 #include "fuse_conv_linear.h"
+#include "fuse_conv_linear_bias.h"
 #include "fuse_conv_linear_classes.h"
 #include "grid_size.h"
 #include "warp_product.h"
@@ -208,33 +209,12 @@ __global__ void __launch_bounds__(kPackThreads) pack_linear_kernel(LinearToPack<
   }
 }
 
-// bias[f] = linear_bias[f] + the sum of its parts
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads)
-    add_parts_kernel(int64_t features, int64_t slices, const Accumulate<T>* parts,
-                     const T* linear_bias, T* bias) {
-  using A = Accumulate<T>;
-  for (int64_t f = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x; f < features;
-       f += static_cast<int64_t>(gridDim.x) * kPackThreads) {
-    A total = 0;
-    for (int64_t n = 0; n < slices; ++n) total += parts[f * slices + n];
-    bias[f] =
-        static_cast<T>(total + (linear_bias != nullptr ? static_cast<A>(linear_bias[f]) : A{0}));
-  }
-}
-
 // --- the product --------------------------------------------------------------------------------
 
 struct Item {
   bool is_there;
   int64_t f;
   Position n;  // among the positions of the class
-
-  LINFUSE_HD Position i(const Classes& classes, const Class& c) const {
-    Position i;
-    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + n.at[a] * classes.step[a];
-    return i;
-  }
 };
 
 // The items of one class.
@@ -283,11 +263,11 @@ template <typename T>
 struct Problem {
   Geometry geometry;
   Classes classes;
-  bool repeats;     // whether padding repeats input positions
   const T* linear;  // packed, of the chunk
   const T* weight;  // packed
   T* fused;         // of the chunk's first feature
   int64_t features;
+  int64_t in_channels;  // of a group
   int64_t depth;
   Tiles tiles;
 };
@@ -314,25 +294,6 @@ __device__ Item item_of(const Problem<T>& problem, const Tile& tile, int n) {
   return Items(tile.c, problem.features).at(tile.first_item + n, tile.c, problem.features);
 }
 
-// The output that slot number `slot` of `slots` ties an item to, -1 where there is none.
-template <typename T>
-__device__ int64_t out_of(const Problem<T>& problem, const Tile& tile, const Item& item,
-                          const Shift& shift, int64_t slot, const Position& slots) {
-  const Geometry& g = problem.geometry;
-  if (!item.is_there) return -1;
-  if (problem.repeats) {
-    const Position at = unravel(slot, slots.at[1], slots.at[2]);
-    return problem.classes.tap(g, tile.c, item.i(problem.classes, tile.c), at).o;
-  }
-  int64_t o = 0;
-  for (int a = 0; a < kAxes; ++a) {
-    const int64_t at = shift.out[a] + item.n.at[a] * Classes::out_step(g, a);
-    if (at < 0 || at >= g.axis[a].out) return -1;
-    o = o * g.axis[a].out + at;
-  }
-  return o;
-}
-
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> problem) {
   using Product = typename Shape::Product;
@@ -354,7 +315,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
   const int warp_col = thread / 32 % Shape::kWarpsAcross * Product::kCols;
   const int row_at_once = thread / 4;
   const int within = thread % 4 * kPiece<T>;  // a row
-  const int64_t in_channels = g.in_channels_per_group();
   const auto depth = static_cast<int>(problem.depth);
   const auto panel_a = [&](int stage) {
     return reinterpret_cast<T*>(panels) + stage * (PanelA::kSize + PanelB::kSize);
@@ -375,7 +335,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
     for (int n = thread; n < kItems; n += Shape::kThreads) {
       const Item item = item_of(problem, tile, n);
       const int64_t column = g.column(tile.group * g.out_channels_per_group(), tile.first_c_in,
-                                      item.i(problem.classes, tile.c));
+                                      problem.classes.position(tile.c, item.n));
       tables.to[n] = item.is_there ? item.f * g.cols() + column : -1;
     }
 
@@ -387,16 +347,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
       const int slots_here = slots_left < kSlots ? static_cast<int>(slots_left) : kSlots;
       // The round before reads its tables ahead of its last step's barrier.
       if (thread < slots_here) {
-        Shift& shift = tables.shift[thread];
-        const Position slot = unravel(first_slot + thread, slots.at[1], slots.at[2]);
-        if (problem.repeats) {
-          shift.k = problem.classes.tap(g, tile.c, {}, slot).k;
-        } else {
-          shift = problem.classes.shift(g, tile.c, slot);
-        }
+        const Shift shift = problem.classes.shift(
+            g, tile.c, unravel(first_slot + thread, slots.at[1], slots.at[2]));
+        tables.shift[thread] = shift;
         const int64_t kernel = tile.group * g.kernel_positions() + shift.k;
         tables.kernel_of[thread] =
-            static_cast<int32_t>((kernel * in_channels + tile.first_c_in) * depth);
+            static_cast<int32_t>((kernel * problem.in_channels + tile.first_c_in) * depth);
       }
       __syncthreads();
       uint32_t taps = 0;  // a bit for each slot that is a tap of one of its items
@@ -406,8 +362,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
         const int64_t first_line = (item.f * g.groups + tile.group) * g.out_positions();
 #pragma unroll 1
         for (int slot = 0; slot < slots_here; ++slot) {
-          const int64_t o =
-              out_of(problem, tile, item, tables.shift[slot], first_slot + slot, slots);
+          const int64_t o = item.is_there
+                                ? problem.classes.out_of(g, tile.c, item.n, tables.shift[slot],
+                                                         first_slot + slot, slots)
+                                : -1;
           tables.line_of[slot][n] = o >= 0 ? static_cast<int32_t>((first_line + o) * depth) : -1;
           if (o >= 0) taps |= uint32_t{1} << slot;
         }
@@ -426,7 +384,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
       AsyncCopies copies;
       uint32_t left = voted;
       int c_out = steps > 0 ? 0 : depth;
-      const auto channels = static_cast<int>(in_channels - tile.first_c_in);
+      const auto channels = static_cast<int>(problem.in_channels - tile.first_c_in);
       const auto begin = [&](int stage) {
         if (c_out < depth) {
           const int slot = __ffs(static_cast<int>(left)) - 1;
@@ -470,8 +428,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) product_kernel(Problem<T> 
     }
 
     __syncthreads();  // `to` is there, even if there was no step
-    write_sums<Product>(sums, warp_row, warp_col, lane, tables.to, in_channels - tile.first_c_in,
-                        g.in_positions(), problem.fused);
+    write_sums<Product>(sums, warp_row, warp_col, lane, tables.to,
+                        problem.in_channels - tile.first_c_in, g.in_positions(), problem.fused);
   }
 }
 
@@ -550,21 +508,25 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   Problem<T> problem{};
   problem.geometry = g;
   problem.classes = classes_of(g);
-  problem.repeats = g.taps_may_collide();
   problem.linear = linear;
   problem.weight = weight;
   problem.depth = sizes.depth;
+  problem.in_channels = g.in_channels_per_group();
   for (int64_t f = 0; f < params.features && error == cudaSuccess; f += chunk) {
     job.features = problem.features = std::min(chunk, params.features - f);
     job.linear = static_cast<const T*>(params.linear_weight) + f * job.feature_stride;
     pack_linear_kernel<T><<<grid_of(job.features * slices), kPackThreads, 0, stream>>>(job);
     error = cudaGetLastError();
     if (error != cudaSuccess) break;
-    const auto* const linear_bias =
-        params.linear_bias == nullptr ? nullptr : static_cast<const T*>(params.linear_bias) + f;
-    add_parts_kernel<T><<<grid_of(job.features, kPackThreads), kPackThreads, 0, stream>>>(
-        job.features, slices, parts, linear_bias, static_cast<T*>(params.bias) + f);
-    error = cudaGetLastError();
+    FusedBias bias;
+    bias.features = job.features;
+    bias.slices = slices;
+    bias.parts = parts;
+    if (params.linear_bias != nullptr) {
+      bias.linear_bias = static_cast<const T*>(params.linear_bias) + f;
+    }
+    bias.bias = static_cast<T*>(params.bias) + f;
+    error = launch_add_parts_cuda(params.dtype, bias, stream);
     if (error != cudaSuccess) break;
     problem.fused = static_cast<T*>(params.weight) + f * g.cols();
     error = with_shape<T>(

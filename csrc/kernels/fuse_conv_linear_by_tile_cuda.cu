@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
   __shared__ alignas(16) T panels_a[2][PanelA::kSize];
   __shared__ alignas(16) T panels_b[2][PanelB::kSize];
   __shared__ int64_t positions_of[kSlots][kThreads];  // a thread's o, -1 where there is none
-  __shared__ int64_t kernel_of[kSlots];
+  __shared__ Shift shift_of[kSlots];
   __shared__ int64_t to[kItems];  // where the items' elements of channel 0 go, -1 beyond the last
 
   const Geometry& g = problem.geometry;
@@ -105,9 +105,11 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
     const bool is_item = first_item + row_a < items;
     const int64_t item = is_item ? first_item + row_a : first_item;
     const int64_t f = problem.by_position ? item % problem.features : item / c.positions();
-    Position i = unravel(problem.by_position ? item / problem.features : item % c.positions(),
-                         c.count[1], c.count[2]);
-    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + i.at[a] * problem.classes.step[a];
+    // Found anew where it is needed: registers are for sums.
+    const auto within_class = [&] {
+      return unravel(problem.by_position ? item / problem.features : item % c.positions(),
+                     c.count[1], c.count[2]);
+    };
     const int64_t first_c_out = group * out_channels;
     const int64_t from_a = f * problem.feature_stride + (first_c_out + depth_a) * channel_step;
     const bool is_channel = first_c_in + row_b < in_channels;
@@ -116,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
 
     __syncthreads();  // the tile before has read `to`
     if (thread < kItems) {
-      const int64_t column = g.column(first_c_out, first_c_in, i);
+      const int64_t column =
+          g.column(first_c_out, first_c_in, problem.classes.position(c, within_class()));
       to[thread] = is_item ? f * g.cols() + column : -1;
     }
 
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
         loads_a[n] = n < taps_a ? linear[at] : T{};
       }
       const T* weight = problem.weight + from_b + c_out * weight_step;
-      at = kernel_of[slot];
+      at = shift_of[slot].k;
 #pragma unroll
       for (int n = 0; n < kLoadsB; ++n, at += weight_step) {
         loads_b[n] = n < taps_b ? weight[at] : T{};
@@ -143,17 +146,25 @@ __global__ void __launch_bounds__(kThreads, 2) by_tile_kernel(Problem<T> problem
     };
 
     Accumulate<T> sums[Product::kSums] = {};
-    const Position slots = problem.classes.slots(g, c);
     const int64_t slot_count = problem.classes.slot_count(g, c);
     for (int64_t first_slot = 0; first_slot < slot_count; first_slot += kSlots) {
+      const Position slots = problem.classes.slots(g, c);
+      const Position within = within_class();
+      const int64_t slots_left = slot_count - first_slot;
+      const int slots_here = slots_left < kSlots ? static_cast<int>(slots_left) : kSlots;
+      // The round before reads its table ahead of its last barrier.
+      if (thread < slots_here) {
+        const Shift shift =
+            problem.classes.shift(g, c, unravel(first_slot + thread, slots.at[1], slots.at[2]));
+        shift_of[thread] = shift;
+      }
+      __syncthreads();
       uint32_t taps = 0;  // a bit for each slot that is a tap of any item here
 #pragma unroll 1
-      for (int n = 0; n < kSlots && first_slot + n < slot_count; ++n) {
-        const Position slot = unravel(first_slot + n, slots.at[1], slots.at[2]);
-        const Tap tap = problem.classes.tap(g, c, i, slot);
-        const int64_t o = is_item ? tap.o : -1;
+      for (int n = 0; n < slots_here; ++n) {
+        const int64_t o =
+            is_item ? problem.classes.out_of(g, c, within, shift_of[n], first_slot + n, slots) : -1;
         positions_of[n][thread] = o;
-        if (thread == 0) kernel_of[n] = tap.k;
         if (__syncthreads_or(o >= 0)) taps |= uint32_t{1} << n;
       }
       if (taps == 0) continue;

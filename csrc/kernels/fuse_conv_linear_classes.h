@@ -28,14 +28,16 @@ struct Tap {
   int64_t k;
 };
 
+// What all positions of a class have in common of a slot.
 struct Shift {
-  int64_t out[kAxes];
+  int64_t out[kAxes];  // not set where padding repeats positions
   int64_t k;
 };
 
 struct Classes {
   int64_t step[kAxes];         // from one position of a class to the next
   int64_t kernel_step[kAxes];  // from one kernel element that reaches a class to the next
+  bool repeats;                // whether padding repeats input positions
 
   LINFUSE_HD int64_t count() const { return step[0] * step[1] * step[2]; }
 
@@ -72,11 +74,15 @@ struct Classes {
     return all.at[0] * all.at[1] * all.at[2];
   }
 
-  // Where the padding repeats nothing, a slot ties position first + n * step of its class, on each
+  // Where padding repeats nothing, a slot ties position first + n * step of its class, on each
   // axis, to output out + n * out_step(); to none where that is beyond the outputs.
   LINFUSE_HD Shift shift(const Geometry& g, const Class& c, const Position& slot) const {
     constexpr int64_t kNowhere = INT64_MIN / 2;
     Shift shift;
+    if (repeats) {
+      shift.k = tap(g, c, {}, slot).k;
+      return shift;
+    }
     shift.k = 0;
     for (int a = 0; a < kAxes; ++a) {
       const Axis& axis = g.axis[a];
@@ -94,6 +100,27 @@ struct Classes {
 
   LINFUSE_HD static int64_t out_step(const Geometry& g, int a) {
     return g.transposed ? g.axis[a].stride : 1;
+  }
+
+  // The input position of position n of a class.
+  LINFUSE_HD Position position(const Class& c, const Position& n) const {
+    Position i;
+    for (int a = 0; a < kAxes; ++a) i.at[a] = c.first[a] + n.at[a] * step[a];
+    return i;
+  }
+
+  // The output that slot number `slot` of `slots`, whose shift this is, ties position n of the
+  // class to; -1 where there is none.
+  LINFUSE_HD int64_t out_of(const Geometry& g, const Class& c, const Position& n,
+                            const Shift& shift, int64_t slot, const Position& slots) const {
+    if (repeats) return tap(g, c, position(c, n), unravel(slot, slots.at[1], slots.at[2])).o;
+    int64_t o = 0;
+    for (int a = 0; a < kAxes; ++a) {
+      const int64_t at = shift.out[a] + n.at[a] * out_step(g, a);
+      if (at < 0 || at >= g.axis[a].out) return -1;
+      o = o * g.axis[a].out + at;
+    }
+    return o;
   }
 
   // What a slot of the class ties the input position i to.
@@ -124,6 +151,7 @@ inline int64_t kernel_step(const Geometry& g, int a) {
 
 inline Classes classes_of(const Geometry& g) {
   Classes classes;
+  classes.repeats = g.taps_may_collide();
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = g.axis[a];
     classes.step[a] = g.transposed ? 1 : axis.stride < axis.in ? axis.stride : axis.in;
