@@ -86,7 +86,12 @@ def main() -> int:
         if time.monotonic() > stop or not _card_lives():
             unmeasured.append(case.group)
             continue
-        row = _row(case, each)
+        try:
+            row = _row(case, each)
+        except KeyboardInterrupt:  # out of time: what is measured is still written
+            stop = 0.0
+            unmeasured.append(case.group)
+            continue
         if isinstance(row, str):
             failed[case.group] = row
             print(f"{case.group}: FAILED: {row}", flush=True)
@@ -106,6 +111,9 @@ def main() -> int:
     told = [f"{group} ({why})" for group, why in failed.items()]
     checks["benchmark cases that failed"] = "; ".join(told) or "none"
     checks["benchmark cases not reached in time"] = ", ".join(unmeasured) or "none"
+    if not rows:
+        print(f"no rows, nothing written: {checks}")
+        return 1
     doc = report.document(DEVICE, rows, rates, checks=checks)
     print(*report.write(doc, name, *folders), sep="\n")
     return 1 if failed else 0

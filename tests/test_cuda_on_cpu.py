@@ -40,6 +40,7 @@ SEGMENTS = [
         (11, 9),
         padding=1,
     ),
+    Case("short_rows", "more rows in a segment than are described at once", (90, 1, 2), (4,)),
     Case("whole_segments", "rows end where segments end", (8, 1, 1, 1), (32, 32), stride=8),
     Case(
         "long_rows",

@@ -18,7 +18,7 @@
 //   slot     which of the groups of its output position a tap is in, on each axis
 //
 // The views are plain pointers, so that a kernel on a card can take them. The tables own what they
-// point at; pack() writes it as one block of words, which one copy takes to the card.
+// point at; pack() writes it as one block of words, which go to the card together.
 #pragma once
 
 #include <cstdint>

@@ -8,15 +8,16 @@
 //            has one pane, a warp where it has many
 //
 // Who computes what: one block makes one segment at a time. It clears the segment in shared memory,
-// while its first warp describes the panes, a thread each: what has to be divided is divided there.
+// while its first threads describe a pane each: what has to be divided is divided there.
 // Its teams write the taps of the panes (team.h): where in a plane a kernel element falls is the
 // same in every input channel, so that a thread finds it once and then goes from plane to plane.
 // The block streams the segment out in 16-byte stores. Every byte of the matrix is written once.
 // Where several taps meet in one element (circular, reflect, replicate), the one with the smallest
 // kernel element on every axis owns it and adds the others in a fixed order: no atomics.
 //
-// Shared memory: 18 KB a block; registers let four blocks of 256 threads fit a multiprocessor.
-// Not handled here: empty problems (the launcher) and sizes beyond int64 (make_geometry).
+// Shared memory: 23 KB a block; registers let four blocks of 256 threads fit a multiprocessor, or
+// two where taps repeat elements. Not handled here: empty problems (the launcher) and sizes beyond
+// int64 (make_geometry).
 #include <algorithm>
 
 #include "conv_to_affine.h"
@@ -34,7 +35,8 @@ constexpr int kBlocks = kRepeats ? 2 : 4;
 constexpr int kLeastLanes = 32;  // of a team
 constexpr int kSegmentBytes = 16384;
 constexpr int kPieces = kSegmentBytes / kPieceBytes;
-constexpr int kPanes = 32;  // described at a time
+constexpr int kFewPanes = 32;  // described at a time
+constexpr int kPanes = 128;    // described at a time, where rows are short
 static_assert(kPieces % kThreads == 0, "all threads clear and store alike");
 
 // True for the smallest kernel element of an axis that ties these two positions.
@@ -139,7 +141,7 @@ __device__ void write_taps(const Geometry& g, const T* weight, const Pane& pane,
 template <typename T, bool kRepeats>
 __global__ void __launch_bounds__(kThreads, kBlocks<kRepeats>)
     conv_to_affine_kernel(Geometry g, const T* weight, T* matrix, int64_t row_start,
-                          int64_t elements, int lanes) {
+                          int64_t elements, int lanes, int panes_at_once) {
   constexpr int kSegment = kSegmentBytes / static_cast<int>(sizeof(T));
   __shared__ Piece pieces[kPieces];
   __shared__ Pane panes[kPanes];
@@ -158,19 +160,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRepeats>)
 #pragma unroll
     for (int n = 0; n < kPieces; n += kThreads) pieces[n + thread] = Piece{};
 
-    int64_t row = thread < kPanes ? start / g.cols() + thread : 0;
+    int64_t row = thread < panes_at_once ? start / g.cols() + thread : 0;
     bool is_done = false;
     while (!is_done) {
-      if (thread < kPanes) describe(g, row_start, row, start, count, panes[thread]);
-      row += kPanes;
+      if (thread < panes_at_once) describe(g, row_start, row, start, count, panes[thread]);
+      row += panes_at_once;
       __syncthreads();
-      for (int n = team; n < kPanes && panes[n].first < count; n += kThreads / lanes) {
+      for (int n = team; n < panes_at_once && panes[n].first < count; n += kThreads / lanes) {
         for (int64_t k = share.element; k < kernel_positions; k += share.element_step) {
           const Position kernel = k == share.element ? first_kernel : kernel_position(g, k);
           write_taps<T, kRepeats>(g, weight, panes[n], share, k, kernel, segment);
         }
       }
-      is_done = panes[kPanes - 1].last == count;
+      is_done = panes[panes_at_once - 1].last == count;
       __syncthreads();
     }
 
@@ -215,9 +217,10 @@ cudaError_t launch(const ConvToAffineParams& params, cudaStream_t stream) {
   constexpr int64_t kSegmentsPerBlock = 4;
   const int64_t segments = (elements - 1) / kSegment + 1;
   const unsigned blocks = grid_of(segments, segments < kManySegments ? 1 : kSegmentsPerBlock);
-  kernel<<<blocks, kThreads, 0, stream>>>(params.geometry, static_cast<const T*>(params.weight),
-                                          static_cast<T*>(params.matrix), params.row_start,
-                                          elements, lanes_for(kSegment / params.geometry.cols()));
+  const int lanes = lanes_for(kSegment / params.geometry.cols());
+  kernel<<<blocks, kThreads, 0, stream>>>(
+      params.geometry, static_cast<const T*>(params.weight), static_cast<T*>(params.matrix),
+      params.row_start, elements, lanes, lanes == kLeastLanes ? kPanes : kFewPanes);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   offset_kernel<T><<<grid_of(rows, kThreads), kThreads, 0, stream>>>(

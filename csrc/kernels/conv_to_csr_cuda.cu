@@ -5,15 +5,18 @@
 //   team  neighbouring threads that write the elements of one row
 //   slot  which element of an input channel of the row one is (stored_taps.h), counted on all axes
 //
-// Who computes what: one block makes kRows rows at a time. First a thread describes each: where a
-// row starts is known in closed form (stored_taps.h), so that rows need nothing of each other. Then
-// each team writes every so manieth row (team.h): a slot has the same kernel element and the same
-// place in the plane in every input channel, so that a thread looks it up once and then goes from
-// channel to channel. Neighbours write side by side. One pass, everything is written once.
+// Who computes what: one block makes up to kRows rows at a time. First a thread describes each:
+// where a row starts is known in closed form (stored_taps.h), so that rows need nothing of each
+// other. Then each team writes every so manieth row (team.h): a slot has the same kernel element
+// and the same place in the plane in every input channel, so that a thread looks it up once and
+// then goes from channel to channel. Neighbours write side by side. One pass, everything is written
+// once.
 //
 // Memory: the tables of the axes are small and stay in cache; the rows' descriptions, 5 KB, are in
-// shared memory. Rows of fewer than kLeastLanes elements leave threads idle.
+// shared memory. What a row's slots do not fill of a team, once or several times, is idle.
 // Not handled here: sizes beyond the index type, which the op sees to.
+#include <algorithm>
+
 #include "conv_to_csr.h"
 #include "grid_size.h"
 #include "row_taps.h"
@@ -24,9 +27,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 2;  // on a multiprocessor at least: 128 registers a thread, so none spill
-constexpr int kMostLanes = 32;  // of a team
+constexpr int kMostLanes = 32;  // of a team, where there are rows enough
 constexpr int kLeastLanes = 8;
-constexpr int kRows = 64;  // described at a time
+constexpr int kRows = 64;                 // described at a time
+constexpr int64_t kManyBlocks = 1 << 10;  // about eight for each multiprocessor of a large card
 
 struct Row {
   int64_t at;      // its first element
@@ -90,7 +94,7 @@ template <typename T, typename Index, bool kRepeats>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     conv_to_csr_kernel(Geometry g, RowTaps taps, const T* weight, T* values, Index* columns,
                        Index* row_pointers, int64_t row_start, int64_t rows, int64_t stored,
-                       int lanes) {
+                       int lanes, int rows_at_once) {
   __shared__ Row described[kRows];
   if (blockIdx.x == 0 && threadIdx.x == 0) row_pointers[rows] = static_cast<Index>(stored);
   if (rows == 0) return;
@@ -104,9 +108,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int64_t slots = 0;
   int64_t count1 = 0;
   int64_t count2 = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < rows;
-       first += static_cast<int64_t>(gridDim.x) * kRows) {
-    if (thread < kRows && first + thread < rows) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_at_once; first < rows;
+       first += static_cast<int64_t>(gridDim.x) * rows_at_once) {
+    if (thread < rows_at_once && first + thread < rows) {
       const int64_t n = row_start + first + thread;
       const int64_t c_out = n / g.out_positions();
       Row row = row_of(g, taps, c_out, out_position(g, n - c_out * g.out_positions()));
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       described[thread] = row;
     }
     __syncthreads();
-    for (int n = thread / lanes; n < kRows && first + n < rows; n += kThreads / lanes) {
+    for (int n = thread / lanes; n < rows_at_once && first + n < rows; n += kThreads / lanes) {
       const Row& row = described[n];
       if (row.slots == 0) continue;
       if (row.slots != slots || row.count1 != count1 || row.count2 != count2) {
@@ -135,10 +139,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Threads of a team: about as many as a row has elements, within limits.
-int lanes_for(int64_t elements) {
+// Threads of a team: about as many as a row has elements, within limits; up to all of a block where
+// rows are few and long.
+int lanes_for(int64_t rows, int64_t elements) {
   int lanes = kMostLanes;
   while (lanes > kLeastLanes && elements <= lanes / 2) lanes /= 2;
+  while (lanes < kThreads && elements > 4 * lanes && rows < kManyBlocks * (kThreads / lanes)) {
+    lanes *= 2;
+  }
   return lanes;
 }
 
@@ -147,11 +155,14 @@ cudaError_t launch(const ConvToCsrParams& params, cudaStream_t stream) {
   const int64_t rows = params.row_stop - params.row_start;
   const auto kernel = params.geometry.taps_may_collide() ? conv_to_csr_kernel<T, Index, true>
                                                          : conv_to_csr_kernel<T, Index, false>;
-  kernel<<<grid_of(rows / kRows + 1), kThreads, 0, stream>>>(
+  const int lanes = lanes_for(rows, rows > 0 ? params.stored / rows : 0);
+  const auto rows_at_once =
+      static_cast<int>(std::clamp<int64_t>(rows / kManyBlocks, kThreads / lanes, kRows));
+  kernel<<<grid_of(rows / rows_at_once + 1), kThreads, 0, stream>>>(
       params.geometry, params.taps, static_cast<const T*>(params.weight),
       static_cast<T*>(params.values), static_cast<Index*>(params.columns),
-      static_cast<Index*>(params.row_pointers), params.row_start, rows, params.stored,
-      lanes_for(rows > 0 ? params.stored / rows : 0));
+      static_cast<Index*>(params.row_pointers), params.row_start, rows, params.stored, lanes,
+      rows_at_once);
   return cudaGetLastError();
 }
 

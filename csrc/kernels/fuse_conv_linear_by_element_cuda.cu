@@ -12,7 +12,9 @@
 // neighbouring c_in at one i, so that a weight is read once for all of those f, an element of the
 // Linear once for all of those c_in, and the runs are found once for all. Neighbouring threads have
 // neighbouring i: what they read of the Linear and write lies side by side, and the weights are the
-// same for all of them. Each element is written once, by one thread, in a fixed order.
+// same for all of them. Taps are gone through for some output channels, then for the next: as many
+// as have their lines in the first-level cache when a neighbouring tap reads them again. Each
+// element is written once, by one thread, in a fixed order.
 #include "fuse_conv_linear.h"
 #include "fuse_conv_linear_classes.h"
 #include "grid_size.h"
@@ -21,6 +23,7 @@ namespace linfuse {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kOutAtOnce = 16;  // output channels
 constexpr int kBlocks = 3;  // on a multiprocessor at least; asks for few registers, and none spill
 
 // Kernel elements k, k + step, ... and the outputs o, o + step, ... that they tie a position to.
@@ -105,10 +108,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         in_channels - first_c_in < kChannels ? in_channels - first_c_in : int64_t{kChannels});
 
     A sums[kFeatures][kChannels] = {};
+    int64_t first_out = 0;
     const auto add_tap = [&](int64_t o, int64_t k) {
-      const T* at = rows + o * row_stride;
+      const int64_t left = out_channels - first_out;
+      const int count = left < kOutAtOnce ? static_cast<int>(left) : kOutAtOnce;
+      const T* at = rows + first_out * linear_step + o * row_stride;
+      k += first_out * out_step;
 #pragma unroll 1
-      for (int64_t c_out = 0; c_out < out_channels; ++c_out) {
+      for (int c_out = 0; c_out < count; ++c_out) {
         A values[kChannels];
 #pragma unroll
         for (int n = 0; n < kChannels; ++n) {
@@ -148,16 +155,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
     };
 #pragma unroll 1
-    for (int64_t copy0 = 0; copy0 < g.copies(0); ++copy0) {
-      const Run run0 = run_of(g, 0, i.at[0], copy0, steps.axis[0]);
-      if (run0.count == 0) continue;
+    for (; first_out < out_channels; first_out += kOutAtOnce) {
 #pragma unroll 1
-      for (int64_t copy1 = 0; copy1 < g.copies(1); ++copy1) {
-        const Run run1 = run_of(g, 1, i.at[1], copy1, steps.axis[1]);
-        if (run1.count == 0) continue;
+      for (int64_t copy0 = 0; copy0 < g.copies(0); ++copy0) {
+        const Run run0 = run_of(g, 0, i.at[0], copy0, steps.axis[0]);
+        if (run0.count == 0) continue;
 #pragma unroll 1
-        for (int64_t copy2 = 0; copy2 < g.copies(2); ++copy2) {
-          add_box(run0, run1, run_of(g, 2, i.at[2], copy2, steps.axis[2]));
+        for (int64_t copy1 = 0; copy1 < g.copies(1); ++copy1) {
+          const Run run1 = run_of(g, 1, i.at[1], copy1, steps.axis[1]);
+          if (run1.count == 0) continue;
+#pragma unroll 1
+          for (int64_t copy2 = 0; copy2 < g.copies(2); ++copy2) {
+            add_box(run0, run1, run_of(g, 2, i.at[2], copy2, steps.axis[2]));
+          }
         }
       }
     }

@@ -18,7 +18,7 @@
 // position, nothing is multiplied in vain, and each element that is read has a sector to itself.
 //
 // Memory: two stages of panels, so that a step has one barrier and the loads of the next are under
-// way during it: 27 KB with the table's 16 KB behind. Each element of the Linear is read once per
+// way during it: 27 KB, and 16 KB of the table. Each element of the Linear is read once per
 // tap and kChannels input channels, each weight once per tap and kItems items; neighbouring slots
 // find their lines in the first-level cache, for which the slots are the inner loop.
 // Sums are made in a fixed order, each element is written once: equal bits in every run.

@@ -261,8 +261,8 @@ struct HalfProduct : PieceProduct<kDown, kAcross> {
 
 // A float as two numbers of 11 significant bits, which tensor cores take: the nearest, and what is
 // then left, rounded as well; together they are off by 2^-24 of it at most. Where the float is not
-// finite, or would round to what is not, one of them is no number: a card's NaN has all its bits
-// set and would round to zero.
+// finite, or would round to what is not, one of them is not finite, and no product with it is a
+// number: a card's NaN has all its bits set and would round to zero.
 struct Split {
   uint32_t big;
   uint32_t small;

@@ -161,7 +161,7 @@ CudaScope::CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
 
 Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words,
                cudaStream_t stream) {
-  constexpr int64_t kFewWords = 1 << 14;
+  constexpr int64_t kFewWords = 2048;  // of some launches, which take about as long as a copy
   const auto count = static_cast<int64_t>(words.size());
   Tensor card = allocate(op, like, {count}, ScalarType::Long);
   auto captures = cudaStreamCaptureStatusNone;
