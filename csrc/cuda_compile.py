@@ -1,10 +1,13 @@
 """Sends every CUDA source through nvcc, and the ops as a CUDA build compiles them.
 
+A kernel whose registers spill fails like one that does not compile.
+
 No card and no CUDA build of torch are needed: the kernels know nothing of torch, and the stable
 ABI's headers are the same in every build. Says so and succeeds where there is no nvcc.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +53,11 @@ def report(text: str) -> list[str]:
     return sorted({f"{use}; {spill}" for use, spill in zip(used, spills, strict=False)})
 
 
+def spills(text: str) -> bool:
+    """Whether ptxas had to put registers into memory."""
+    return any(int(count) for count in re.findall(r"(\d+) bytes spill", text))
+
+
 def main() -> int:
     """Compiles all, prints a line per source, and returns the exit status."""
     nvcc = shutil.which("nvcc")
@@ -64,8 +72,9 @@ def main() -> int:
         jobs = [pool.submit(compile_one, nvcc, source, Path(folder)) for source in sources]
         for job in jobs:
             source, result = job.result()
-            failed += result.returncode != 0
-            print(f"{'ok  ' if result.returncode == 0 else 'FAIL'} {source.relative_to(CSRC)}")
+            good = result.returncode == 0 and not spills(result.stderr)
+            failed += not good
+            print(f"{'ok  ' if good else 'FAIL'} {source.relative_to(CSRC)}")
             if result.returncode != 0:
                 print(result.stdout + result.stderr)
             for line in report(result.stderr):
