@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -105,8 +104,7 @@ def main() -> int:
             if len(rows) % _SAVED_EVERY == 0:
                 doc = report.document(DEVICE, rows, rates, checks={**checks, "rows": "not all"})
                 for folder in folders:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / f"{name}.json").write_text(json.dumps(doc, indent=1) + "\n")
+                    report.save(doc, folder / f"{name}.json")
 
     told = [f"{group} ({why})" for group, why in failed.items()]
     checks["benchmark cases that failed"] = "; ".join(told) or "none"

@@ -23,7 +23,7 @@ from bench.collapse_cases import COLLAPSE
 from bench.rows import Row, document, make_row, network_rows
 from bench.tables import bounds_table, markdown
 
-__all__ = ["LAST", "RESULTS", "Row", "document", "make_row", "write"]
+__all__ = ["LAST", "RESULTS", "Row", "document", "make_row", "save", "write"]
 
 RESULTS = Path(__file__).with_name("results")
 LAST = Path(__file__).with_name(".last")  # of runs that are not whole; not under version control
@@ -69,9 +69,8 @@ def write(doc: Mapping[str, Any], name: str, *folders: Path) -> list[Path]:
     doc = {**doc, **({"growth": brief} if growth else {})}
     written = []
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
         base = folder / name
-        base.with_suffix(".json").write_text(json.dumps(doc, indent=1) + "\n")
+        save(doc, base.with_suffix(".json"))
         base.with_suffix(".md").write_text(f"{main}\n{details}")
         plot.speedups(doc, base.with_suffix(".png"))
         written += [base.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
@@ -83,11 +82,17 @@ def write(doc: Mapping[str, Any], name: str, *folders: Path) -> list[Path]:
     return written
 
 
+def save(doc: Mapping[str, Any], path: Path) -> None:
+    """Writes a document, and nothing beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(doc, indent=1) + "\n")
+
+
 def write_growth(doc: Mapping[str, Any], growth: Mapping[str, Any], base: Path) -> list[Path]:
     """Writes the points of the growth sweeps and their picture."""
     facts = {key: doc[key] for key in ("machine", "device", "torch", "commit")}
     paths = [base.with_name(base.name + suffix) for suffix in (".json", ".png")]
-    paths[0].write_text(json.dumps({**facts, "sweeps": growth}, indent=1) + "\n")
+    save({**facts, "sweeps": growth}, paths[0])
     growth_plot.draw(growth, f"{doc['device']}, torch {doc['torch']}", paths[1])
     return paths
 

@@ -7,10 +7,9 @@
 //
 // Who computes what: one block makes up to kRows rows at a time. First a thread describes each:
 // where a row starts is known in closed form (stored_taps.h), so that rows need nothing of each
-// other. Then each team writes every so manieth row (team.h): a slot has the same kernel element
-// and the same place in the plane in every input channel, so that a thread looks it up once and
-// then goes from channel to channel. Neighbours write side by side. One pass, everything is written
-// once.
+// other. Then the teams write them in turn (team.h): a slot has the same kernel element and the
+// same place in the plane in every input channel, so that a thread looks it up once and then goes
+// from channel to channel. Neighbours write side by side. One pass, everything is written once.
 //
 // Memory: the tables of the axes are small and stay in cache; the rows' descriptions, 5 KB, are in
 // shared memory. What a row's slots do not fill of a team, once or several times, is idle.
@@ -29,8 +28,7 @@ constexpr int kThreads = 256;
 constexpr int kBlocks = 2;  // on a multiprocessor at least: 128 registers a thread, so none spill
 constexpr int kMostLanes = 32;  // of a team, where there are rows enough
 constexpr int kLeastLanes = 8;
-constexpr int kRows = 64;                 // described at a time
-constexpr int64_t kManyBlocks = 1 << 10;  // about eight for each multiprocessor of a large card
+constexpr int kRows = 64;  // described at a time
 
 struct Row {
   int64_t at;      // its first element

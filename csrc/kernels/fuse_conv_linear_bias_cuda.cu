@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kAddThreads = 64;
-constexpr int64_t kManyParts = 1 << 10;     // about eight for each multiprocessor of a large card
 constexpr int64_t kLeastOfSlice = 1 << 12;  // rows; fewer are read before another block has begun
 
 template <typename T>
@@ -84,7 +83,7 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   job.bias = params.bias;
   if (params.conv_bias != nullptr) {
     const int64_t rows = params.geometry.rows();
-    const int64_t most = std::min(kManyParts / params.features, rows / kLeastOfSlice);
+    const int64_t most = std::min(kManyBlocks / params.features, rows / kLeastOfSlice);
     job.slices = std::max<int64_t>(1, most);
     const int64_t count = job.features * job.slices;
     auto* const parts = static_cast<A*>(allocate(count * static_cast<int64_t>(sizeof(A))));

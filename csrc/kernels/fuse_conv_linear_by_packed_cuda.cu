@@ -94,8 +94,7 @@ auto with_shape(const Geometry& g, const Visitor& visit) {
 // --- packing ------------------------------------------------------------------------------------
 
 constexpr int kPackThreads = 256;
-constexpr int kPackPositions = 64;        // of a tile, by kDepth channels
-constexpr int64_t kPackBlocks = 1 << 10;  // about eight for each multiprocessor of a large card
+constexpr int kPackPositions = 64;  // of a tile, by kDepth channels
 
 // packed[group, k, c_in, c_out]
 template <typename T>
@@ -484,7 +483,7 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   const Geometry& g = params.geometry;
   const PackedSizes<T> sizes(g);
   const int64_t chunk = chunk_of(params.features, sizes.feature, most_bytes);
-  const int64_t slices = std::min((kPackBlocks - 1) / chunk + 1, sizes.tiles);
+  const int64_t slices = std::min((kManyBlocks - 1) / chunk + 1, sizes.tiles);
   auto* const linear = static_cast<T*>(allocate(chunk * sizes.feature));
   auto* const weight = static_cast<T*>(allocate(sizes.weight));
   auto* const parts = static_cast<A*>(allocate(chunk * slices * static_cast<int64_t>(sizeof(A))));

@@ -120,8 +120,8 @@ class [[gnu::visibility("hidden")]] CudaScope {
 // Turns a launcher's error into an exception that names the op.
 void check_cuda(const char* op, cudaError_t error);
 
-// The tables of a kernel on the card of `like`, whose stream this is. Only for large ones it is
-// waited for the stream.
+// The tables of a kernel on the card of `like`, whose stream this is. Large ones wait for what the
+// stream has to do, unless it is captured.
 Tensor to_card(const char* op, const Tensor& like, const std::vector<int64_t>& words,
                cudaStream_t stream);
 #endif
