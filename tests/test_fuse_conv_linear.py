@@ -258,7 +258,12 @@ def test_every_half_is_widened_and_rounded(dtype: torch.dtype, features: int) ->
     length = 65536 if features == 1 else 701
     linear = values.repeat(2)[: features * length].view(features, length)
     fused, _ = functional.fuse_conv_linear(conv_weight, None, linear, None, 2 * length, stride=2)
-    expected = linear.float()[..., None] * conv_weight.float().view(2)
+    wide = linear.float()[..., None]
+    expected = wide * conv_weight.float().view(2)
+    if dtype == torch.bfloat16 and _C.build_info()["simd"] == "amx":  # subnormals may be zeros
+        smallest = torch.finfo(dtype).tiny
+        may_vanish = (wide.abs() < smallest) | (expected.abs() < smallest)
+        expected[may_vanish & (fused == 0).view_as(expected)] = 0
     torch.testing.assert_close(fused, expected.to(dtype).flatten(1), rtol=0, atol=0, equal_nan=True)
 
 
