@@ -2,7 +2,8 @@
 
     python tests/wider_simd/run.py avx512|amx [what pytest is to run]
 
-Only the files that know these instructions are compiled anew (emulated.h gives each a meaning);
+Without more, all tests run; those fail that start Python in the project's folder, where the ordinary
+build comes first. Only the files that know these instructions are compiled anew (emulated.h gives each a meaning);
 the rest is linked from the objects of the ordinary build. It takes AVX2 and the GNU compiler, and
 is some hundred times slower than the real thing where tiles multiply.
 """
@@ -113,7 +114,8 @@ def run_tests(
 ) -> subprocess.CompletedProcess[str]:
     """Runs pytest on the package in `folder`; that lies ahead of the ordinary one."""
     environment = {**os.environ, "LINFUSE_SIMD": level, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda"]
+    command += ["-o", f"cache_dir={folder}/.pytest_cache"]
     # From a folder without a package of that name: it would come first.
     return subprocess.run([*command, *arguments], cwd=HERE.parent, env=environment, **how)
 
