@@ -38,6 +38,19 @@ constexpr double kMostInVain = 4;
 constexpr double kMostInVainInPlace = 8;
 // Fewer are lost in what framing an image costs.
 constexpr int64_t kLeastPositions = 100;
+// Of few rows, what the ways cost beside their products of a vector, counted in such: from the
+// times of layers at random (bench/NOTES.md). By input: an element that is turned, a tap that is
+// listed for a tile.
+constexpr double kTurned = 7;
+constexpr double kListed = 10;
+// By position: an element that is framed; one that is framed by its phase, and what a line of those
+// costs beside; an element of a result that has phases.
+constexpr double kFramed = 1;
+constexpr double kSplit = 1.5;
+constexpr double kLineSplit = 70;
+constexpr double kScattered = 4;
+// Either: a load that a tile has more than it has products.
+constexpr double kLoad = 2;
 // Bytes from channel to channel that leave too few sets of a cache to a segment.
 constexpr int64_t kCrowded = 1024;
 // Elements of a line that are converted at a time.
@@ -399,11 +412,66 @@ bool all_finite(const void* values, int64_t count) {
   return found == 0;
 }
 
-// Rows that do not fill a vector have no better way, but for very many products in vain. Those that
-// do are turned for it, which costs as much as some products of each element.
-bool wins(const Geometry& g, const Frame& frame, int64_t features, bool in_place) {
+// How so many vectors and columns are cut into tiles.
+struct Tiling {
+  double tiles;
+  double product;  // what one costs there: narrow tiles wait for their loads
+
+  template <typename A>
+  Tiling(const TileSet<A>& set, int64_t vectors, int64_t columns) {
+    const int64_t blocks = divide_up(columns, set.most_channels);
+    const int64_t of_tile = divide_up(columns, blocks);
+    const int64_t most = std::min(vectors, set.most_vectors(of_tile));
+    tiles = static_cast<double>(blocks * divide_up(vectors, most));
+    const auto products = static_cast<double>(most * of_tile);
+    const auto loads = static_cast<double>(most + of_tile);
+    product = 1 + kLoad * std::max(0.0, loads / products - 1);
+  }
+};
+
+// Of a launch.
+template <typename T>
+double cost_by_input(const FuseConvLinearParams& params, const Products& products) {
+  const Geometry& g = params.geometry;
+  const TileSet<Accumulate<T>>& set = simd_kernels(simd_level());
+  const bool of_channels = fits_channel_vectors<T>(params);
+  const int64_t channels = g.in_channels_per_group();
+  const int64_t vectors = divide_up(of_channels ? channels : params.features, set.lanes);
+  const int64_t columns = of_channels ? params.features : channels;
+  const Tiling tiling(set, vectors, columns);
+  const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
+  const auto turned =
+      static_cast<double>(g.rows() * (of_channels ? params.features : vectors * set.lanes));
+  return products.valid * static_cast<double>(g.groups) *
+             (of_tap * tiling.product + kListed * tiling.tiles) +
+         kTurned * turned;
+}
+
+template <typename T>
+double cost_by_position(const FuseConvLinearParams& params, const Frame& frame) {
+  const Geometry& g = params.geometry;
+  const TileSet<Accumulate<T>>& set = simd_kernels(simd_level());
   const Products products = frame.products();
-  if (features <= kMostRows) return products.valid >= kLeastFilled * products.all;
+  const int64_t channels = g.in_channels_per_group();
+  const Tiling tiling(set, frame.width / frame.lanes, channels);
+  const auto vectors = static_cast<double>(g.out_channels * channels) / frame.lanes;
+  const double framed =
+      std::min(static_cast<double>(g.rows()), static_cast<double>(g.out_channels) * products.valid);
+  double row = vectors * products.all * tiling.product;
+  if (frame.is_dense()) {
+    row += kFramed * framed;
+  } else if (g.transposed) {
+    row += (kSplit + kLineSplit / static_cast<double>(g.axis[2].in)) * framed;
+  } else {
+    row += kFramed * framed + kScattered * static_cast<double>(g.cols());
+  }
+  return row * static_cast<double>(params.features);
+}
+
+// Whether rows that fill vectors are better not turned for it, which costs as much as some products
+// of each element.
+bool wins_of_many(const Geometry& g, const Frame& frame, int64_t features, bool in_place) {
+  const Products products = frame.products();
   if (!frame.is_dense() || (!in_place && g.in_positions() < kLeastPositions)) return false;
   const int64_t turned = divide_up(features, frame.lanes) * frame.lanes;
   const double in_vain =
@@ -425,8 +493,13 @@ bool fits(const FuseConvLinearParams& params) {
   const ImagePlan plan = make_image_plan<A>(g, tiles);
   if (!plan.fits) return false;
   const Frame frame(g, tiles.lanes, plan.vectors);
-  return wins(g, frame, params.features, is_read_in_place<T>(g)) &&
-         all_finite<T>(params.conv_weight, weights);
+  const Products products = frame.products();
+  const bool wins =
+      params.features <= kMostRows
+          ? products.valid >= kLeastFilled * products.all &&
+                cost_by_position<T>(params, frame) <= cost_by_input<T>(params, products)
+          : wins_of_many(g, frame, params.features, is_read_in_place<T>(g));
+  return wins && all_finite<T>(params.conv_weight, weights);
 }
 
 }  // namespace

@@ -2,10 +2,11 @@
 
     python tests/wider_simd/run.py avx512|amx [what pytest is to run]
 
-Without more, all tests run; those fail that start Python in the project's folder, where the ordinary
-build comes first. Only the files that know these instructions are compiled anew (emulated.h gives each a meaning);
-the rest is linked from the objects of the ordinary build. It takes AVX2 and the GNU compiler, and
-is some hundred times slower than the real thing where tiles multiply.
+Without more, all tests run; those fail that start Python in the project's folder, where the
+ordinary build comes first. Only the files that know these instructions are compiled anew
+(emulated.h gives each a meaning); the rest is linked from the objects of the ordinary build. It
+takes AVX2 and the GNU compiler, and is some hundred times slower than the real thing where tiles
+multiply.
 """
 
 from __future__ import annotations
