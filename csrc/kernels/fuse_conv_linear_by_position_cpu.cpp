@@ -431,9 +431,9 @@ struct Tiling {
 
 // Of a launch.
 template <typename T>
-double cost_by_input(const FuseConvLinearParams& params, const Products& products) {
+double cost_by_input(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
+                     const Products& products) {
   const Geometry& g = params.geometry;
-  const TileSet<Accumulate<T>>& set = simd_kernels(simd_level());
   const bool of_channels = fits_channel_vectors<T>(params);
   const int64_t channels = g.in_channels_per_group();
   const int64_t vectors = divide_up(of_channels ? channels : params.features, set.lanes);
@@ -448,10 +448,9 @@ double cost_by_input(const FuseConvLinearParams& params, const Products& product
 }
 
 template <typename T>
-double cost_by_position(const FuseConvLinearParams& params, const Frame& frame) {
+double cost_by_position(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
+                        const Frame& frame, const Products& products) {
   const Geometry& g = params.geometry;
-  const TileSet<Accumulate<T>>& set = simd_kernels(simd_level());
-  const Products products = frame.products();
   const int64_t channels = g.in_channels_per_group();
   const Tiling tiling(set, frame.width / frame.lanes, channels);
   const auto vectors = static_cast<double>(g.out_channels * channels) / frame.lanes;
@@ -468,10 +467,18 @@ double cost_by_position(const FuseConvLinearParams& params, const Frame& frame) 
   return row * static_cast<double>(params.features);
 }
 
+template <typename T>
+bool wins_of_few(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
+                 const Frame& frame, const Products& products) {
+  return products.valid >= kLeastFilled * products.all &&
+         cost_by_position<T>(params, set, frame, products) <=
+             cost_by_input<T>(params, set, products);
+}
+
 // Whether rows that fill vectors are better not turned for it, which costs as much as some products
 // of each element.
-bool wins_of_many(const Geometry& g, const Frame& frame, int64_t features, bool in_place) {
-  const Products products = frame.products();
+bool wins_of_many(const Geometry& g, const Frame& frame, const Products& products, int64_t features,
+                  bool in_place) {
   if (!frame.is_dense() || (!in_place && g.in_positions() < kLeastPositions)) return false;
   const int64_t turned = divide_up(features, frame.lanes) * frame.lanes;
   const double in_vain =
@@ -494,11 +501,9 @@ bool fits(const FuseConvLinearParams& params) {
   if (!plan.fits) return false;
   const Frame frame(g, tiles.lanes, plan.vectors);
   const Products products = frame.products();
-  const bool wins =
-      params.features <= kMostRows
-          ? products.valid >= kLeastFilled * products.all &&
-                cost_by_position<T>(params, frame) <= cost_by_input<T>(params, products)
-          : wins_of_many(g, frame, params.features, is_read_in_place<T>(g));
+  const bool wins = params.features <= kMostRows
+                        ? wins_of_few<T>(params, tiles, frame, products)
+                        : wins_of_many(g, frame, products, params.features, is_read_in_place<T>(g));
   return wins && all_finite<T>(params.conv_weight, weights);
 }
 

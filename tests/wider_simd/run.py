@@ -82,7 +82,8 @@ def _compile(folder: Path) -> list[Path]:
     def compile_one(name: str) -> Path:
         source, target = folder / f"{name}.cpp", folder / f"{name}.o"
         source.write_text(_TARGET.sub(_OWN_TARGET, (KERNELS / source.name).read_text()))
-        _run([COMPILER, *_FLAGS, "-c", str(source), "-o", str(target)])
+        command = [COMPILER, *_FLAGS, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)  # the compiler itself says what is wrong
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -92,20 +93,16 @@ def _compile(folder: Path) -> list[Path]:
 def _link(objects: list[Path], library: Path) -> None:
     torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
     needed = [torch_libraries, "-lc10", "-ltorch", "-ltorch_cpu"]
-    _run([COMPILER, "-shared", *map(str, objects), *needed, "-o", str(library)])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    command = [COMPILER, "-shared", *map(str, objects), *needed, "-o", str(library)]
+    subprocess.run(command, check=True)
 
 
 def _fingerprint(objects: list[Path]) -> str:
     names = sorted(path.name for path in (ROOT / "linfuse_ext").iterdir())
     digest = hashlib.sha256(f"{names} {_FLAGS} {torch.__version__}".encode())
-    sources = [path for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".inl", ".cpp")]
-    for path in [HERE / "emulated.h", *sources, *objects]:
+    headers = [path for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".inl")]
+    sources = [KERNELS / f"{name}.cpp" for name in _WIDER]
+    for path in [HERE / "emulated.h", *headers, *sources, *objects]:
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
