@@ -75,7 +75,7 @@ def _settings(layer: Layer) -> tuple[Any, ...]:
     return layer.input_size, layer.stride, layer.padding, layer.dilation, layer.groups
 
 
-def _ours_on_layer(name: str, **more: Any) -> Callable[..., peers.Affine]:
+def ours_on_layer(name: str, **more: Any) -> Callable[..., peers.Affine]:
     def run(layer: Layer, *tensors: Tensor) -> peers.Affine:
         from linfuse_ext import functional
 
@@ -176,7 +176,7 @@ OPS = {
                 layer.conv_tensors(dtype, device, 2 * seed)
                 + layer.linear_tensors(dtype, device, 2 * seed + 1)
             ),
-            ours=_ours_on_layer(FUSE),
+            ours=ours_on_layer(FUSE),
             work=_fuse_work,
             features=_image,
             layers=_conv_linear,
@@ -219,7 +219,7 @@ OPS = {
         Op(
             name=CSR,
             tensors=lambda layer, dtype, device, seed: layer.conv_tensors(dtype, device, 2 * seed),
-            ours=_ours_on_layer(MATRIX, layout=torch.sparse_csr),
+            ours=ours_on_layer(MATRIX, layout=torch.sparse_csr),
             work=lambda layer, dtype: {"gb": layer.csr_bytes(dtype) / 1e9},
             features=_image,
             layers=_conv,
@@ -237,7 +237,7 @@ OPS = {
                 layer.front_tensors(dtype, device, 2 * seed + 1)
                 + layer.conv_tensors(dtype, device, 2 * seed)
             ),
-            ours=_ours_on_layer(LINEAR_CONV),
+            ours=ours_on_layer(LINEAR_CONV),
             work=_fuse_work,
             features=lambda layer: (layer.dense,),
             layers=_linear_conv,

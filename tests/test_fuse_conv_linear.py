@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,111 +114,141 @@ def test_tails_of_every_dimension(out_channels: int, in_channels: int) -> None:
 
 
 # What makes the CPU cut the work in each of its ways, and (F, weight size, input size, the rest).
-CUTS = {
-    "few channels in": (40, (16, 3, 3, 3), (9, 8), {"padding": (0, 1, 2, 0), "stride": 2}),
-    "one channel in, taps off the image": (33, (17, 1, 2, 3), (7, 5), {"padding": 4}),
-    "few channels in, many out": (20, (130, 2, 5), (23,), {"stride": 3, "dilation": 2}),
-    "few channels in, groups": (7, (48, 2, 2, 2, 2), (4, 3, 5), {"groups": 3, "stride": 2}),
-    "few channels in, taps that meet": (9, (16, 4, 3, 3), (5, 6), {"padding_mode": "reflect"}),
-    "few channels in, several slabs": (70, (16, 4, 3, 3), (96, 90), {"padding": 1}),
-    "jobs of one thread": (40, (64, 1, 3, 3), (30, 31), {"groups": 64, "padding": 1}),
-    "jobs of one thread, slabs, lines unread": (32, (8, 8, 3), (20000,), {"padding": 40}),
-    "jobs of one thread, slabs that wrap": (
-        32, (8, 8, 5), (20000,), {"padding": 7, "padding_mode": "circular"},
-    ),
-    "stretches of slabs, result beyond the caches": (
-        100, (16, 16, 3, 3), (40, 70), {"padding": 3, "dilation": 3},
-    ),
-    "stretches of slabs that wrap": (
-        100, (16, 16, 3, 3), (40, 70), {"padding": 2, "padding_mode": "circular"},
-    ),
-    "stretches of slabs, transposed": (
-        60, (16, 12, 4, 3), (40, 71), {"transposed": True, "stride": 2, "padding": (1, 0, 2, 1)},
-    ),
-    "panels beyond the caches": (90, (64, 20, 3, 3), (41, 43), {}),
-    "shared slabs": (3, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
-    "shared slabs, many rows": (33, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
-    "shared, weights in batches, many rows": (33, (700, 700, 3, 3), (3, 4), {"padding": 1}),
-    "few rows, several blocks": (10, (20, 75, 3, 3), (9, 11), {"padding": 1, "stride": 2}),
-    "few rows, two panels, groups": (14, (24, 48, 2, 3), (7, 11), {"groups": 3, "padding": 1}),
-    "shared slabs, transposed": (5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2}),
-    "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),
-    "shared, halves of weights in batches": (3, (1000, 1000, 3, 3), (2, 3), {"padding": 1}),
-    "sums longer than a register holds": (3, (9000, 20, 3), (3,), {"padding": 1}),
-    "by position": (3, (16, 24, 3, 3), (21, 19), {"padding": 1}),
-    "by position, strides": (
-        1, (8, 9, 3, 2), (17, 22), {"stride": (3, 2), "padding": 2, "dilation": 2},
-    ),
-    "by position, transposed": (
-        5, (9, 14, 4, 3), (11, 13), {"transposed": True, "stride": (3, 2), "padding": 1},
-    ),
-    "by position, groups": (9, (32, 2, 5), (90,), {"groups": 16, "padding": 3, "stride": 2}),
-    "by position, slabs": (2, (300, 2, 3), (20000,), {"padding": 1}),
-    "by position, slabs, transposed": (1, (4, 500, 3), (6000,), {"transposed": True, "stride": 2}),
-    "by position, three axes": (
-        3, (12, 5, 2, 3, 2), (7, 6, 9),
-        {"padding": (1, 0, 2), "stride": (1, 2, 1), "dilation": (2, 1, 1)},
-    ),
-    "by position, many rows": (40, (8, 3, 3, 3), (40, 37), {"padding": 1}),
-    "by position, many rows, transposed": (
-        33, (3, 5, 1, 3), (9, 50), {"transposed": True, "padding": (0, 1)},
-    ),
-    "by columns": (33, (40, 1, 10), (163,), {"stride": 5}),
-    "by columns, chunks": (17, (200, 1, 3, 3), (57, 59), {"stride": 2, "padding": 1}),
-    "by columns, segments, groups": (
-        9, (64, 2, 3, 2), (31, 33), {"groups": 4, "stride": (3, 1), "padding": 2},
-    ),
-    "by columns, that wrap": (
-        20, (24, 1, 5, 5), (23, 20), {"stride": 2, "padding": 2, "padding_mode": "circular"},
-    ),
-    "by columns, that turn back": (
-        20, (24, 2, 3, 4), (13, 21), {"stride": (2, 1), "padding": 1, "padding_mode": "reflect"},
-    ),
-    "by columns, three axes": (
-        16, (30, 3, 2, 1, 2), (9, 6, 12), {"stride": (2, 1, 3), "padding": (1, 0, 2)},
-    ),
-    "pointwise": (33, (20, 30, 1, 1), (9, 11), {}),
-    "pointwise, one row": (1, (64, 20, 1, 1), (40, 41), {}),
-    "pointwise, few positions": (70, (24, 13, 1), (16,), {}),
-    "pointwise, groups": (25, (12, 4, 1, 1, 1), (3, 5, 7), {"groups": 3}),
-    "pointwise, transposed": (21, (20, 9, 1, 1), (10, 10), {"transposed": True, "groups": 2}),
-    "pointwise, channels that crowd a cache": (20, (16, 30, 1), (1024,), {}),
-    "pointwise, deep sums in the result": (3, (1100, 7, 1), (96,), {}),
-    "pointwise, long lines": (3, (5, 4, 1), (777,), {}),
-    "by columns, few rows": (5, (64, 2, 3, 3), (12, 11), {"padding": 1}),
-    "by columns, few rows, strides": (
-        4, (100, 3, 2, 2), (15, 22), {"stride": (3, 2), "dilation": (1, 3)},
-    ),
-    "by position, transposed, parts that nothing reads": (
-        3, (4, 5, 2, 3), (6, 7), {"transposed": True, "stride": (4, 5), "padding": (0, 1)},
-    ),
-    "by position, transposed, long lines": (
-        2, (3, 4, 2), (211,), {"transposed": True, "stride": 3, "dilation": 2},
-    ),
-    "by position, transposed, more parts than a piece of a line": (
-        2, (2, 3, 5), (4,), {"transposed": True, "stride": 300, "dilation": 61},
-    ),
-    "by columns, few large images": (4, (512, 1, 3, 3), (64, 64), {"padding": 1}),
-    "by columns, one line": (6, (64, 1, 5, 5), (1, 90), {"padding": 2}),
-    "on a subgrid": (40, (16, 5, 1, 1), (9, 8), {"stride": 2}),
-    "on a subgrid, few rows at a time": (70, (8, 64, 1), (701,), {"stride": 2}),
-    "on a subgrid, padding alone for some outputs": (
-        7, (12, 4, 1, 1), (10, 7), {"stride": (2, 3), "padding": (4, 5, 7, 3), "groups": 2},
-    ),
-    "on a subgrid of one axis": (
-        18, (6, 4, 3, 1, 2), (5, 11, 6), {"stride": (1, 3, 2), "padding": (1, 0, 1)},
-    ),
-    "no subgrid, as all outputs read padding": (5, (3, 4, 1), (3,), {"stride": 9, "padding": 4}),
-    "by position, one line in, five out": (2, (8, 3, 1, 3, 3), (1, 9, 9), {"padding": (2, 1, 1)}),
-    "by position, an axis that nothing reads": (
-        1, (15, 5, 2, 2), (33, 3), {"padding": (2, 2, 2, 0), "stride": 2, "dilation": (2, 3)},
-    ),
+CUTS_OF_WAY = {
+    "output": {
+        "few channels in": (40, (16, 3, 3, 3), (9, 8), {"padding": (0, 1, 2, 0), "stride": 2}),
+        "one channel in, taps off the image": (33, (17, 1, 2, 3), (7, 5), {"padding": 4}),
+        "few channels in, many out": (20, (130, 2, 5), (23,), {"stride": 3, "dilation": 2}),
+        "few channels in, groups": (7, (48, 2, 2, 2, 2), (4, 3, 5), {"groups": 3, "stride": 2}),
+        "few channels in, taps that meet": (9, (16, 4, 3, 3), (5, 6), {"padding_mode": "reflect"}),
+        "few channels in, several slabs": (70, (16, 4, 3, 3), (96, 90), {"padding": 1}),
+    },
+    "input": {
+        "jobs of one thread": (40, (64, 1, 3, 3), (30, 31), {"groups": 64, "padding": 1}),
+        "jobs of one thread, slabs, lines unread": (32, (8, 8, 3), (20000,), {"padding": 40}),
+        "jobs of one thread, slabs that wrap": (
+            32, (8, 8, 5), (20000,), {"padding": 7, "padding_mode": "circular"},
+        ),
+        "stretches of slabs, result beyond the caches": (
+            100, (16, 16, 3, 3), (40, 70), {"padding": 3, "dilation": 3},
+        ),
+        "stretches of slabs that wrap": (
+            100, (16, 16, 3, 3), (40, 70), {"padding": 2, "padding_mode": "circular"},
+        ),
+        "stretches of slabs, transposed": (
+            60, (16, 12, 4, 3), (40, 71),
+            {"transposed": True, "stride": 2, "padding": (1, 0, 2, 1)},
+        ),
+        "panels beyond the caches": (90, (64, 20, 3, 3), (41, 43), {}),
+        "shared slabs": (3, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
+        "shared slabs, many rows": (33, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
+        "shared, weights in batches, many rows": (33, (700, 700, 3, 3), (3, 4), {"padding": 1}),
+        "few rows, several blocks": (10, (20, 75, 3, 3), (9, 11), {"padding": 1, "stride": 2}),
+        "few rows, two panels, groups": (14, (24, 48, 2, 3), (7, 11), {"groups": 3, "padding": 1}),
+        "shared slabs, transposed": (
+            5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2},
+        ),
+        "shared, weights in batches": (3, (700, 700, 3, 3), (3, 4), {"padding": 1}),
+        "shared, halves of weights in batches": (3, (1000, 1000, 3, 3), (2, 3), {"padding": 1}),
+        "sums longer than a register holds": (3, (9000, 20, 3), (3,), {"padding": 1}),
+        "stretches of slabs, transposed, lines between": (
+            40, (16, 8, 2), (9000,), {"transposed": True, "stride": 3, "padding": 2},
+        ),
+    },
+    "position": {
+        "plain": (3, (16, 24, 3, 3), (21, 19), {"padding": 1}),
+        "strides": (
+            1, (8, 9, 3, 2), (17, 22), {"stride": (3, 2), "padding": 2, "dilation": 2},
+        ),
+        "transposed": (
+            5, (9, 14, 4, 3), (11, 13), {"transposed": True, "stride": (3, 2), "padding": 1},
+        ),
+        "groups": (9, (32, 2, 5), (90,), {"groups": 16, "padding": 3, "stride": 2}),
+        "slabs": (2, (300, 2, 3), (20000,), {"padding": 1}),
+        "slabs, transposed": (1, (4, 500, 3), (6000,), {"transposed": True, "stride": 2}),
+        "three axes": (
+            3, (12, 5, 2, 3, 2), (7, 6, 9),
+            {"padding": (1, 0, 2), "stride": (1, 2, 1), "dilation": (2, 1, 1)},
+        ),
+        "many rows": (40, (8, 3, 3, 3), (40, 37), {"padding": 1}),
+        "many rows, transposed": (
+            33, (3, 5, 1, 3), (9, 50), {"transposed": True, "padding": (0, 1)},
+        ),
+        "pointwise": (33, (20, 30, 1, 1), (9, 11), {}),
+        "pointwise, one row": (1, (64, 20, 1, 1), (40, 41), {}),
+        "pointwise, few positions": (70, (24, 13, 1), (16,), {}),
+        "pointwise, groups": (25, (12, 4, 1, 1, 1), (3, 5, 7), {"groups": 3}),
+        "pointwise, transposed": (21, (20, 9, 1, 1), (10, 10), {"transposed": True, "groups": 2}),
+        "pointwise, channels that crowd a cache": (20, (16, 30, 1), (1024,), {}),
+        "pointwise, deep sums in the result": (3, (1100, 7, 1), (96,), {}),
+        "pointwise, long lines": (3, (5, 4, 1), (777,), {}),
+        "transposed, parts that nothing reads": (
+            3, (4, 5, 2, 3), (6, 7), {"transposed": True, "stride": (4, 5), "padding": (0, 1)},
+        ),
+        "transposed, long lines": (
+            2, (3, 4, 2), (211,), {"transposed": True, "stride": 3, "dilation": 2},
+        ),
+        "transposed, more parts than a piece of a line": (
+            2, (2, 3, 5), (4,), {"transposed": True, "stride": 300, "dilation": 61},
+        ),
+        "one line in, five out": (2, (8, 3, 1, 3, 3), (1, 9, 9), {"padding": (2, 1, 1)}),
+        "an axis that nothing reads": (
+            1, (15, 5, 2, 2), (33, 3), {"padding": (2, 2, 2, 0), "stride": 2, "dilation": (2, 3)},
+        ),
+        "an image beyond the cache, several blocks": (3, (64, 14, 3, 3), (48, 50), {"padding": 1}),
+    },
+    "columns": {
+        "plain": (33, (40, 1, 10), (163,), {"stride": 5}),
+        "chunks": (17, (200, 1, 3, 3), (57, 59), {"stride": 2, "padding": 1}),
+        "segments, groups": (
+            9, (64, 2, 3, 2), (31, 33), {"groups": 4, "stride": (3, 1), "padding": 2},
+        ),
+        "that wrap": (
+            20, (24, 1, 5, 5), (23, 20), {"stride": 2, "padding": 2, "padding_mode": "circular"},
+        ),
+        "that turn back": (
+            20, (24, 2, 3, 4), (13, 21),
+            {"stride": (2, 1), "padding": 1, "padding_mode": "reflect"},
+        ),
+        "three axes": (
+            16, (30, 3, 2, 1, 2), (9, 6, 12), {"stride": (2, 1, 3), "padding": (1, 0, 2)},
+        ),
+        "few rows": (5, (64, 2, 3, 3), (12, 11), {"padding": 1}),
+        "few rows, strides": (
+            4, (100, 3, 2, 2), (15, 22), {"stride": (3, 2), "dilation": (1, 3)},
+        ),
+        "few large images": (4, (512, 1, 3, 3), (64, 64), {"padding": 1}),
+        "one line": (6, (64, 1, 5, 5), (1, 90), {"padding": 2}),
+    },
+    "cheapest": {
+        "on a subgrid": (40, (16, 5, 1, 1), (9, 8), {"stride": 2}),
+        "on a subgrid, few rows at a time": (70, (8, 64, 1), (701,), {"stride": 2}),
+        "on a subgrid, padding alone for some outputs": (
+            7, (12, 4, 1, 1), (10, 7), {"stride": (2, 3), "padding": (4, 5, 7, 3), "groups": 2},
+        ),
+        "on a subgrid of one axis": (
+            18, (6, 4, 3, 1, 2), (5, 11, 6), {"stride": (1, 3, 2), "padding": (1, 0, 1)},
+        ),
+        "no subgrid, as all outputs read padding": (
+            5, (3, 4, 1), (3,), {"stride": 9, "padding": 4},
+        ),
+    },
 }  # fmt: skip
+CUTS = [(way, cut) for way, cuts in CUTS_OF_WAY.items() for cut in cuts]
 
 
-def make_cut(cut: str, dtype: torch.dtype):
+@contextlib.contextmanager
+def going_by(way: str) -> Iterator[None]:
+    before = _C.set_way(way)
+    try:
+        yield
+    finally:
+        _C.set_way(before)
+
+
+def make_cut(way: str, cut: str, dtype: torch.dtype):
     """Its geometry, operands, input size, and the other settings."""
-    features, weight_size, input_size, rest = CUTS[cut]
+    features, weight_size, input_size, rest = CUTS_OF_WAY[way][cut]
     rest = {"padding": 1, **rest} if rest.get("padding_mode") else rest
     geometry = make_geometry("test", weight_size, input_size, **rest)
     generator = torch.Generator().manual_seed(3)
@@ -227,11 +260,12 @@ def make_cut(cut: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cut", CUTS)
-def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("way", "cut"), CUTS)
+def test_every_cut_of_the_work(way: str, cut: str, dtype: torch.dtype) -> None:
     """Against torch's convolution in float64; layers too large for the matrix of the reference."""
-    geometry, tensors, input_size, rest = make_cut(cut, dtype)
-    weight, bias = functional.fuse_conv_linear(*tensors, input_size, **rest)
+    geometry, tensors, input_size, rest = make_cut(way, cut, dtype)
+    with going_by(way):
+        weight, bias = functional.fuse_conv_linear(*tensors, input_size, **rest)
     arguments, keywords = geometry.op_arguments, geometry.op_keywords
     wide = [value.double() for value in tensors]
     exact = fuse_conv_linear_by_torch(*wide, *arguments, **keywords)
@@ -242,10 +276,32 @@ def test_every_cut_of_the_work(cut: str, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        again = functional.fuse_conv_linear(*tensors, input_size, **rest)
+        with going_by(way):
+            again = functional.fuse_conv_linear(*tensors, input_size, **rest)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
+
+
+@pytest.mark.parametrize("features", [3, 40])
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_every_way_of_every_case(case: Case, features: int) -> None:
+    """By input everything goes; by the others what they can, and the rest is refused."""
+    for dtype in DTYPES:
+        tensors = operands(case, dtype, features)
+        for way in CUTS_OF_WAY:
+            with going_by(way):
+                try:
+                    weight, bias = call(case, *tensors)
+                except ValueError as error:
+                    assert way not in ("input", "cheapest"), error
+                    continue
+            assert_equals_the_reference(case, tensors, weight, bias)
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be cheapest, .* or position, got 'sideways'"):
+        _C.set_way("sideways")
 
 
 @pytest.mark.parametrize("features", [1, 100])
@@ -385,14 +441,22 @@ def test_strides_beyond_every_size(stride: int, features: int, transposed: bool)
     torch.testing.assert_close(fused.view(expected.shape), expected)
 
 
+@pytest.mark.parametrize("way", ["cheapest", "input", "output", "columns", "position"])
 @pytest.mark.parametrize("channels", [3, 30])
 @pytest.mark.parametrize("size", [(9, 11), (5, 8)])
-def test_bits_do_not_depend_on_where_the_linear_lies(channels: int, size: tuple[int, int]) -> None:
-    """Pointwise layers are read where the Linear has them, if it has them one behind the other."""
-    weight, conv_bias = torch.randn(20, channels, 1, 1), torch.randn(20)
-    linear = torch.randn(33, 20 * size[0] * size[1])
-    one = functional.fuse_conv_linear(weight, conv_bias, linear, None, size)
-    other = functional.fuse_conv_linear(weight, conv_bias, linear.T.contiguous().T, None, size)
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_bits_do_not_depend_on_where_the_linear_lies(
+    way: str, channels: int, size: tuple[int, int], kernel: int
+) -> None:
+    """Rows are read where the Linear has them only if they lie one behind the other there."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(20, channels, kernel, kernel, generator=generator)
+    conv_bias = torch.randn(20, generator=generator)
+    positions = math.prod(n + 1 - kernel for n in size)
+    linear = torch.randn(33, 20 * positions, generator=generator)
+    with going_by(way):
+        one = functional.fuse_conv_linear(weight, conv_bias, linear, None, size)
+        other = functional.fuse_conv_linear(weight, conv_bias, linear.T.contiguous().T, None, size)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_fuse_conv_linear import CUTS, make_cut
+from test_fuse_conv_linear import CUTS, going_by, make_cut
 from tolerance import DTYPES
 
 from linfuse_ext import functional
@@ -33,9 +33,10 @@ def fenced(values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cut", CUTS)
-def test_fuse_conv_linear(cut: str, dtype: torch.dtype) -> None:
-    _, operands, input_size, rest = make_cut(cut, dtype)
-    weight, bias = functional.fuse_conv_linear(*map(fenced, operands), input_size, **rest)
-    expected = functional.fuse_conv_linear(*operands, input_size, **rest)
+@pytest.mark.parametrize(("way", "cut"), CUTS)
+def test_fuse_conv_linear(way: str, cut: str, dtype: torch.dtype) -> None:
+    _, operands, input_size, rest = make_cut(way, cut, dtype)
+    with going_by(way):
+        weight, bias = functional.fuse_conv_linear(*map(fenced, operands), input_size, **rest)
+        expected = functional.fuse_conv_linear(*operands, input_size, **rest)
     assert torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])

@@ -34,6 +34,9 @@ struct ImageStrides {
   }
 };
 
+// How the product is made on a CPU: by the way that costs least, or by one of them.
+enum class Way : int { kCheapest, kInput, kOutput, kColumns, kPosition };
+
 struct FuseConvLinearParams {
   Geometry geometry;
   int64_t features = 0;  // F, rows of the Linear
@@ -47,11 +50,13 @@ struct FuseConvLinearParams {
   ImageStrides weight_stride;           // any; on a card, those of a contiguous matrix
   void* bias = nullptr;                 // [F]; null where only the weight is wanted
   int threads = 1;                      // how many the scratch memory is made for
+  Way way = Way::kCheapest;             // on a CPU
 };
 
 // Scratch memory from the caller, aligned to 64 bytes and alive until the launcher returns.
 using Allocate = std::function<void*(int64_t bytes)>;
 
+// Throws std::invalid_argument where the layer cannot go the way that is asked for.
 void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate);
 

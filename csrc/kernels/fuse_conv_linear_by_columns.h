@@ -6,13 +6,7 @@
 
 namespace linfuse {
 
-// Only for a Linear whose images have no gaps between positions, so that the last bits may depend
-// on where it lies.
-bool fits_by_columns(const FuseConvLinearParams& params);
-
-// Whether it is better than by position too, where both fit: the Linear is read where it lies, and
-// not copied into frames. Half types are copied either way.
-bool wins_by_columns(const FuseConvLinearParams& params);
+double cost_by_columns(const FuseConvLinearParams& params);
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,
                                  const ParallelFor& parallel_for, const Allocate& allocate);

@@ -12,33 +12,36 @@
 //            cache: where the Linear has them, or copied
 //
 // A thread does one row f and group at a time: the bits do not depend on the number of threads.
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "fuse_conv_linear_by_columns.h"
+#include "fuse_conv_linear_cost.h"
 #include "fuse_conv_linear_engines.h"
-#include "image_frame.h"
 #include "widen.h"
 
 namespace linfuse {
 namespace {
 
-constexpr int64_t kMostTaps = 25;
-// Fewer products of a column would not outweigh adding it; with many, not even framing the images
-// for the way by position would.
-constexpr int64_t kLeastOutChannels = 16;
-constexpr int64_t kManyOutChannels = 48;
+// (k, c_in) of a group.
+constexpr int64_t kMostTaps = 512;
 // Images, that threads share. Few of them must be small, as there may be more threads.
 constexpr int64_t kLeastImages = 4;
-constexpr int64_t kManyImages = 16;
 constexpr int64_t kSmallImage = int64_t{1} << 24;  // multiply-adds
-// Of all taps, that do not fall on padding, for the way by position leaves out those that all do.
-constexpr double kLeastValid = 0.6;
 // Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
-// Of all lanes, that hold a position.
-constexpr double kLeastFilled = 0.75;
+// What it costs beside its products (fuse_conv_linear_cost.h): a vector of a column that is added,
+// or an element where a stride lies between; a vector that is read in place, or copied; one that is
+// written; a line of a column; a launch.
+constexpr double kAdded = 8;
+constexpr double kScattered = 3;
+constexpr double kRead = 11;
+constexpr double kCopied = 22;
+constexpr double kWritten = 18;
+constexpr double kLine = 5;
+constexpr double kLaunch = 48e4;
 
 template <typename A>
 struct ColumnsPlan {
@@ -241,11 +244,12 @@ class ByColumns {
   Chunk read_chunk(const Worker& worker, int64_t f, Range channels) const {
     const T* from = work_.linear(f, channels.first, 0);
     const int64_t count = channels.last - channels.first;
+    const int64_t step = work_.params.linear_stride.position;
     if constexpr (std::is_same_v<T, A>) {
       const int64_t pitch = work_.params.linear_stride.channel;
       // A segment may reach beyond the image's end, but not beyond the Linear's.
       const T* const last = from + (count - 1) * pitch;
-      if (last + plan_.pitch <= end_of_linear()) {
+      if (step == 1 && last + plan_.pitch <= end_of_linear()) {
         constexpr int64_t kLine = 64 / sizeof(T);
         for (int64_t c = 0; c < count; ++c) {
           for (int64_t n = 0; n < g_.out_positions(); n += kLine) {
@@ -264,7 +268,12 @@ class ByColumns {
     task.to = worker.chunk;
     for (int64_t c = channels.first; c < channels.last; ++c, task.to += plan_.chunk_pitch) {
       task.from = work_.linear(f, c, 0);
-      work_.turns.pack_lines(task);
+      if (step == 1) {
+        work_.turns.pack_lines(task);
+        continue;
+      }
+      for (int64_t n = 0; n < task.rows; ++n) task.to[n] = static_cast<A>(task.from[n * step]);
+      std::fill(task.to + task.rows, task.to + plan_.pitch, A{});
     }
     return {worker.chunk, plan_.chunk_pitch};
   }
@@ -315,40 +324,44 @@ class ByColumns {
 };
 
 template <typename T>
-bool fits(const FuseConvLinearParams& params) {
+double cost(const FuseConvLinearParams& params) {
   using A = Accumulate<T>;
   constexpr int64_t kSize = sizeof(A);
   const Geometry& g = params.geometry;
-  const ColumnsPlan<A> plan(g, simd_kernels(simd_level()));
-  return plan.taps * g.out_channels * kSize <= kMostWeightBytes &&
-         plan.chunk_channels * plan.chunk_pitch * kSize <= kMostBytes &&
-         plan.taps * plan.pitch * kSize <= kMostBytes &&
-         g.in_channels_per_group() * g.in_positions() * kSize <= kMostBytes &&
-         static_cast<double>(g.out_positions()) >= kLeastFilled * static_cast<double>(plan.pitch);
+  const TileSet<A>& tiles = simd_kernels(simd_level());
+  const ColumnsPlan<A> plan(g, tiles);
+  const int64_t result = g.in_channels_per_group() * g.in_positions();
+  const bool fits = plan.taps * g.out_channels * kSize <= kMostWeightBytes &&
+                    plan.chunk_channels * plan.chunk_pitch * kSize <= kMostBytes &&
+                    plan.taps * plan.pitch * kSize <= kMostBytes && result * kSize <= kMostBytes;
+  if (!fits) return kNever;
+
+  const auto lanes = static_cast<double>(tiles.lanes);
+  // Each is one thread's: of an odd number, the weights being measured on two, one counts twice.
+  const auto images = static_cast<double>(2 * divide_up(params.features * g.groups, 2));
+  const auto columns = static_cast<double>(plan.taps * plan.pitch) / lanes;
+  const auto lines = static_cast<double>(plan.taps * g.axis[0].out * g.axis[1].out);
+  const Tiling tiling(tiles, plan.vectors, divide_up(plan.taps, plan.blocks));
+  const double added = valid_taps(g) * static_cast<double>(g.in_channels_per_group());
+  const double image = columns * static_cast<double>(g.out_channels_per_group()) * tiling.product +
+                       added * (g.axis[2].stride == 1 ? kAdded / lanes : kScattered) +
+                       (std::is_same_v<T, A> ? kRead : kCopied) *
+                           static_cast<double>(g.out_channels_per_group() * g.out_positions()) /
+                           lanes +
+                       kWritten * (static_cast<double>(result) / lanes + columns) + kLine * lines;
+  return kLaunch + images * image;
 }
 
 }  // namespace
 
-bool fits_by_columns(const FuseConvLinearParams& params) {
+double cost_by_columns(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
-  return !g.transposed && params.linear_stride.position == 1 &&
-         g.in_channels_per_group() * g.kernel_positions() <= kMostTaps &&
-         g.out_channels_per_group() >= kLeastOutChannels &&
-         params.features * g.groups >= kLeastImages && !fits_matrix_tiles(params) &&
-         dispatch(params.dtype, [&](auto zero) { return fits<decltype(zero)>(params); });
-}
-
-bool wins_by_columns(const FuseConvLinearParams& params) {
-  const Geometry& g = params.geometry;
-  if (element_size(params.dtype) == 2 || g.kernel_positions() == 1 ||
-      g.out_channels_per_group() < kManyOutChannels || !fits_by_columns(params)) {
-    return false;
-  }
-  const int64_t products = g.in_channels_per_group() * g.kernel_positions() *
-                           g.out_channels_per_group() * g.out_positions();
-  if (params.features * g.groups < kManyImages && products > kSmallImage) return false;
-  return Frame(g, 1, 1).products().valid >=
-         kLeastValid * static_cast<double>(g.kernel_positions() * g.out_positions());
+  const int64_t taps = g.in_channels_per_group() * g.kernel_positions();
+  // Results with their rows innermost would be written element by element.
+  if (g.transposed || params.weight_stride.position != 1 || taps > kMostTaps) return kNever;
+  const int64_t products = taps * g.out_channels_per_group() * g.out_positions();
+  if (params.features * g.groups < kLeastImages && products > kSmallImage) return kNever;
+  return dispatch(params.dtype, [&](auto zero) { return cost<decltype(zero)>(params); });
 }
 
 void fuse_conv_linear_by_columns(const FuseConvLinearParams& params,

@@ -4,6 +4,8 @@
 
 namespace linfuse {
 
+double cost_by_input(const FuseConvLinearParams& params);
+
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate);
 

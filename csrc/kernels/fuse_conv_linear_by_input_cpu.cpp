@@ -13,6 +13,7 @@
 // Every element of the result is computed whole by one thread, in a fixed order: the bits do not
 // depend on the number of threads.
 #include "fuse_conv_linear_by_input.h"
+#include "fuse_conv_linear_cost.h"
 #include "fuse_conv_linear_plan.h"
 
 namespace linfuse {
@@ -28,6 +29,16 @@ constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kPackTask = 4096;
 constexpr int64_t kLeastPackTask = 512;
 constexpr int64_t kPackTasks = 8;
+// What it costs beside its products (fuse_conv_linear_cost.h): a tap that is listed for a tile; a
+// vector of rows, or of channels, that is packed or unpacked; one that has its rows innermost in
+// memory already; a launch.
+constexpr double kListed = 12;
+constexpr double kPacked = 42;
+constexpr double kPackedChannels = 70;
+constexpr double kUnpacked = 25;
+constexpr double kUnpackedChannels = 33;
+constexpr double kMoved = 10;
+constexpr double kLaunch = 81e4;
 
 template <typename T, typename Engine>
 class ByInput {
@@ -350,7 +361,35 @@ class ByInput {
   std::vector<Worker> workers_;
 };
 
+template <typename T>
+double cost(const FuseConvLinearParams& params) {
+  const Geometry& g = params.geometry;
+  const TileSet<Accumulate<T>>& tiles = simd_kernels(simd_level());
+  const bool of_channels = fits_channel_vectors<T>(params);
+  const int64_t channels = g.in_channels_per_group();
+  const int64_t vectors = divide_up(of_channels ? channels : params.features, tiles.lanes);
+  const int64_t columns = of_channels ? params.features : channels;
+  const Tiling tiling(tiles, vectors, columns);
+  const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
+  const double products = valid_taps(g) * static_cast<double>(g.groups) *
+                          (of_tap * tiling.product + kListed * tiling.tiles);
+  const auto rows = static_cast<double>(g.rows());
+  const auto cols = static_cast<double>(g.cols());
+  if (of_channels) {
+    const double each = static_cast<double>(params.features) / static_cast<double>(tiles.lanes);
+    return kLaunch + products + each * (kPackedChannels * rows + kUnpackedChannels * cols);
+  }
+  const bool turns = params.weight_stride.position == 1;
+  return kLaunch + products +
+         static_cast<double>(vectors) *
+             (turns ? kPacked * rows + kUnpacked * cols : kMoved * (rows + cols));
+}
+
 }  // namespace
+
+double cost_by_input(const FuseConvLinearParams& params) {
+  return dispatch(params.dtype, [&](auto zero) { return cost<decltype(zero)>(params); });
+}
 
 void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                const Allocate& allocate) {

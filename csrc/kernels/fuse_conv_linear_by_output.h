@@ -4,8 +4,7 @@
 
 namespace linfuse {
 
-// Whether the layer is one for fuse_conv_linear_by_output.
-bool fits_by_output(const FuseConvLinearParams& params);
+double cost_by_output(const FuseConvLinearParams& params);
 
 void fuse_conv_linear_by_output(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
                                 const Allocate& allocate);

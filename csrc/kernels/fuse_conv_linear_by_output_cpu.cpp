@@ -15,18 +15,24 @@
 #include <cstring>
 
 #include "fuse_conv_linear_by_output.h"
+#include "fuse_conv_linear_cost.h"
 #include "fuse_conv_linear_engines.h"
 
 namespace linfuse {
 namespace {
 
-// Where tiles would be narrow by input, and long enough by output for the adding not to show.
-constexpr int64_t kMostInChannels = 4;
-// The same where the other way has matrix tiles.
-constexpr int64_t kMostInChannelsForTiles = 1;
-constexpr int64_t kLeastOutChannels = 16;
+// What it costs beside its products (fuse_conv_linear_cost.h): a vector of rows that is packed or
+// unpacked; a tile, and a vector of it that is added; where a kernel element is added; a launch.
+constexpr double kPacked = 37;
+constexpr double kUnpacked = 28;
+constexpr double kTile = 95;
+constexpr double kAdded = 8;
+constexpr double kListed = 32;
+constexpr double kLaunch = 72e4;
 
 constexpr int64_t kResultBytes = int64_t{2} << 20;
+// Of a slab of one position.
+constexpr int64_t kMostResultBytes = int64_t{16} << 20;
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
 constexpr int64_t kWantedJobs = 8;
 
@@ -41,6 +47,10 @@ struct Plan {
   Slabs slabs;
 
   int64_t most_in_block() const { return divide_up(taps, blocks); }
+  // Elements of what a job makes.
+  int64_t result_size(const Geometry& g) const {
+    return slabs.length * inner_in(g, slabs) * in_channels * panels.most_width();
+  }
 };
 
 template <typename A>
@@ -80,9 +90,7 @@ class ByOutput {
         plan_(make_plan<A>(g_, params.features, work_.tiles)) {
     constexpr int64_t kSize = sizeof(A);
     const int64_t width = plan_.panels.most_width();
-    const int64_t line = inner_in(g_, plan_.slabs);
-    const int64_t result_bytes =
-        aligned(plan_.slabs.length * line * plan_.in_channels * width * kSize);
+    const int64_t result_bytes = aligned(plan_.result_size(g_) * kSize);
     const int64_t chunk_bytes =
         aligned(plan_.chunk_positions * plan_.chunk_channels * width * kSize);
     const int64_t own_bytes =
@@ -229,16 +237,35 @@ class ByOutput {
   std::vector<Worker> workers_;
 };
 
+template <typename A>
+double cost(const FuseConvLinearParams& params) {
+  const Geometry& g = params.geometry;
+  const TileSet<A>& tiles = simd_kernels(simd_level());
+  const Plan plan = make_plan<A>(g, params.features, tiles);
+  constexpr int64_t kSize = sizeof(A);
+  if (plan.taps * g.out_channels * kSize > kMostWeightBytes ||
+      plan.result_size(g) * kSize > kMostResultBytes) {
+    return kNever;
+  }
+  const Tiling tiling(tiles, plan.panels.vectors, plan.taps);
+  const auto vectors = static_cast<double>(plan.panels.vectors);
+  const auto taps = static_cast<double>(plan.taps) * vectors;
+  const auto chunks = static_cast<double>(divide_up(plan.out_channels, plan.chunk_channels));
+  const double position =
+      taps * (static_cast<double>(plan.out_channels) * tiling.product + kAdded * chunks) +
+      chunks * (kTile * tiling.tiles + kListed * static_cast<double>(g.kernel_positions()));
+  return kLaunch + static_cast<double>(g.out_positions() * g.groups) * position +
+         vectors *
+             (kPacked * static_cast<double>(g.rows()) + kUnpacked * static_cast<double>(g.cols()));
+}
+
 }  // namespace
 
-bool fits_by_output(const FuseConvLinearParams& params) {
+double cost_by_output(const FuseConvLinearParams& params) {
   const Geometry& g = params.geometry;
-  const int64_t weight_bytes = g.out_channels * g.in_channels_per_group() * g.kernel_positions() *
-                               static_cast<int64_t>(sizeof(double));
-  const int64_t most_in_channels =
-      fits_matrix_tiles(params) ? kMostInChannelsForTiles : kMostInChannels;
-  return !g.transposed && g.in_channels_per_group() <= most_in_channels &&
-         g.out_channels_per_group() >= kLeastOutChannels && weight_bytes <= kMostWeightBytes;
+  if (g.transposed) return kNever;
+  return dispatch(params.dtype,
+                  [&](auto zero) { return cost<Accumulate<decltype(zero)>>(params); });
 }
 
 void fuse_conv_linear_by_output(const FuseConvLinearParams& params, const ParallelFor& parallel_for,

@@ -6,9 +6,10 @@
 
 namespace linfuse {
 
-// A rule of the geometry, the number of rows and the weight, not of where the Linear lies: a weight
-// that is not finite goes another way, as zeros beside the image meet it here.
-bool fits_by_position(const FuseConvLinearParams& params);
+double cost_by_position(const FuseConvLinearParams& params);
+
+// Not a weight that is not finite, as zeros beside the image meet it here.
+bool takes_by_position(const FuseConvLinearParams& params);
 
 void fuse_conv_linear_by_position(const FuseConvLinearParams& params,
                                   const ParallelFor& parallel_for, const Allocate& allocate);

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "fuse_conv_linear_by_position.h"
+#include "fuse_conv_linear_cost.h"
 #include "fuse_conv_linear_engines.h"
 #include "image_frame.h"
 
@@ -26,31 +27,27 @@ namespace {
 constexpr int64_t kOwnImageBytes = int64_t{11} << 17;
 constexpr int64_t kLeastImages = 3;
 constexpr int64_t kUnitsPerThread = 8;
+// Of its image, that a thread reads again for each block, from the second-level cache: not of many
+// channels, as each is a place of its own there.
+constexpr int64_t kRereadBytes = int64_t{192} << 10;
+constexpr int64_t kFewChannels = 32;
 // About half of a core's first-level cache.
 constexpr int64_t kCacheBytes = int64_t{24} << 10;
-// Rows that are few: more could fill vectors themselves.
-constexpr int64_t kMostRows = 16;
-// Of all products, that are of taps and positions that exist, for few rows and for many.
-constexpr double kLeastFilled = 0.4;
-constexpr double kLeastFilledOfMany = 0.76;
-// Products that turning an element costs, beside framing it or reading it in place.
-constexpr double kMostInVain = 4;
-constexpr double kMostInVainInPlace = 8;
-// Fewer are lost in what framing an image costs.
-constexpr int64_t kLeastPositions = 100;
-// Of few rows, what the ways cost beside their products of a vector, counted in such: from the
-// times of layers at random (bench/NOTES.md). By input: an element that is turned, a tap that is
-// listed for a tile.
-constexpr double kTurned = 7;
-constexpr double kListed = 10;
-// By position: an element that is framed; one that is framed by its phase, and what a line of those
-// costs beside; an element of a result that has phases.
-constexpr double kFramed = 1;
-constexpr double kSplit = 1.5;
-constexpr double kLineSplit = 70;
-constexpr double kScattered = 4;
-// Either: a load that a tile has more than it has products.
-constexpr double kLoad = 2;
+// What it costs beside its products (fuse_conv_linear_cost.h): a vector that a tile reads, as most
+// lie across lines of memory; a block of a segment; a vector of an image that is framed, or read in
+// place; an element of one that has parts, and a line of those; an element of a result that has
+// phases; a line of an image or of the result; a vector of a result beyond the caches; a launch.
+constexpr double kLoad = 0.8;
+constexpr double kSegment = 220;
+constexpr double kFramed = 20;
+constexpr double kInPlace = 12;
+constexpr double kSplit = 2.5;
+constexpr double kSplitLine = 19;
+constexpr double kScattered = 3.5;
+constexpr double kLine = 30;
+constexpr double kFar = 28;
+constexpr int64_t kFarBytes = int64_t{1} << 26;
+constexpr double kLaunch = 57e4;
 // Bytes from channel to channel that leave too few sets of a cache to a segment.
 constexpr int64_t kCrowded = 1024;
 // Elements of a line that are converted at a time.
@@ -309,13 +306,22 @@ class ByPosition {
     return total;
   }
 
+  // All segments of a block follow each other where the next one finds the image in a cache: the
+  // result is then written a few channels at a time, in order.
   void multiply(int64_t image, const Image& read, Range segments) const {
-    for (int64_t n = segments.first; n < segments.last; ++n) {
-      multiply_segment(image, read, frame_.segments[static_cast<size_t>(n)]);
+    const int64_t bytes = out_channels_ * frame_.places_read() * static_cast<int64_t>(sizeof(A));
+    const bool by_block = bytes <= (out_channels_ <= kFewChannels ? kRereadBytes : kCacheBytes);
+    const int64_t at_once = by_block ? 1 : blocks_;
+    for (int64_t block = 0; block < blocks_; block += at_once) {
+      for (int64_t n = segments.first; n < segments.last; ++n) {
+        multiply_segment(image, read, frame_.segments[static_cast<size_t>(n)],
+                         {block, block + at_once});
+      }
     }
   }
 
-  void multiply_segment(int64_t image, const Image& read, const Segment& segment) const {
+  void multiply_segment(int64_t image, const Image& read, const Segment& segment,
+                        Range blocks) const {
     constexpr int kMost = TileSet<A>::kMostVectors * TileSet<A>::kMostChannels;
     alignas(64) A sums[kMost * TileSet<A>::kMostLanes];
     alignas(64) A more[kMost * TileSet<A>::kMostLanes];
@@ -336,7 +342,7 @@ class ByPosition {
     const bool is_one_run = segment.last_run - segment.first_run == 1 && run.count == width;
     A* const in_result = is_one_run && at_once >= out_channels_ ? sums_in(result, run) : nullptr;
     task.tile_line = in_result != nullptr ? work_.params.weight_stride.channel : width;
-    for (int64_t block = 0; block < blocks_; ++block) {
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
       const int64_t start = block_start(block);
       const int64_t channels = block_start(block + 1) - start;
       A* const tile = in_result != nullptr ? in_result + start * task.tile_line : sums;
@@ -412,106 +418,56 @@ bool all_finite(const void* values, int64_t count) {
   return found == 0;
 }
 
-// How so many vectors and columns are cut into tiles.
-struct Tiling {
-  double tiles;
-  double product;  // what one costs there: narrow tiles wait for their loads
-
-  template <typename A>
-  Tiling(const TileSet<A>& set, int64_t vectors, int64_t columns) {
-    const int64_t blocks = divide_up(columns, set.most_channels);
-    const int64_t of_tile = divide_up(columns, blocks);
-    const int64_t most = std::min(vectors, set.most_vectors(of_tile));
-    tiles = static_cast<double>(blocks * divide_up(vectors, most));
-    const auto products = static_cast<double>(most * of_tile);
-    const auto loads = static_cast<double>(most + of_tile);
-    product = 1 + kLoad * std::max(0.0, loads / products - 1);
-  }
-};
-
-// Of a launch.
 template <typename T>
-double cost_by_input(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
-                     const Products& products) {
-  const Geometry& g = params.geometry;
-  const bool of_channels = fits_channel_vectors<T>(params);
-  const int64_t channels = g.in_channels_per_group();
-  const int64_t vectors = divide_up(of_channels ? channels : params.features, set.lanes);
-  const int64_t columns = of_channels ? params.features : channels;
-  const Tiling tiling(set, vectors, columns);
-  const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
-  const auto turned =
-      static_cast<double>(g.rows() * (of_channels ? params.features : vectors * set.lanes));
-  return products.valid * static_cast<double>(g.groups) *
-             (of_tap * tiling.product + kListed * tiling.tiles) +
-         kTurned * turned;
-}
-
-template <typename T>
-double cost_by_position(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
-                        const Frame& frame, const Products& products) {
-  const Geometry& g = params.geometry;
-  const int64_t channels = g.in_channels_per_group();
-  const Tiling tiling(set, frame.width / frame.lanes, channels);
-  const auto vectors = static_cast<double>(g.out_channels * channels) / frame.lanes;
-  const double framed =
-      std::min(static_cast<double>(g.rows()), static_cast<double>(g.out_channels) * products.valid);
-  double row = vectors * products.all * tiling.product;
-  if (frame.is_dense()) {
-    row += kFramed * framed;
-  } else if (g.transposed) {
-    row += (kSplit + kLineSplit / static_cast<double>(g.axis[2].in)) * framed;
-  } else {
-    row += kFramed * framed + kScattered * static_cast<double>(g.cols());
-  }
-  return row * static_cast<double>(params.features);
-}
-
-template <typename T>
-bool wins_of_few(const FuseConvLinearParams& params, const TileSet<Accumulate<T>>& set,
-                 const Frame& frame, const Products& products) {
-  return products.valid >= kLeastFilled * products.all &&
-         cost_by_position<T>(params, set, frame, products) <=
-             cost_by_input<T>(params, set, products);
-}
-
-// Whether rows that fill vectors are better not turned for it, which costs as much as some products
-// of each element.
-bool wins_of_many(const Geometry& g, const Frame& frame, const Products& products, int64_t features,
-                  bool in_place) {
-  if (!frame.is_dense() || (!in_place && g.in_positions() < kLeastPositions)) return false;
-  const int64_t turned = divide_up(features, frame.lanes) * frame.lanes;
-  const double in_vain =
-      products.all - products.valid * static_cast<double>(turned) / static_cast<double>(features);
-  const auto pairs = static_cast<double>(g.out_channels * g.in_channels_per_group());
-  const double most_in_vain = in_place ? kMostInVainInPlace : kMostInVain;
-  return products.valid >= kLeastFilledOfMany * products.all &&
-         pairs * in_vain <= most_in_vain * static_cast<double>(g.rows() + g.cols());
-}
-
-template <typename T>
-bool fits(const FuseConvLinearParams& params) {
+double cost(const FuseConvLinearParams& params) {
   using A = Accumulate<T>;
-  constexpr int64_t kSize = sizeof(A);
   const Geometry& g = params.geometry;
   const TileSet<A>& tiles = simd_kernels(simd_level());
   const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
-  if (weights * kSize > kMostWeightBytes) return false;
+  if (weights * static_cast<int64_t>(sizeof(A)) > kMostWeightBytes) return kNever;
   const ImagePlan plan = make_image_plan<A>(g, tiles);
-  if (!plan.fits) return false;
+  if (!plan.fits) return kNever;
+
   const Frame frame(g, tiles.lanes, plan.vectors);
-  const Products products = frame.products();
-  const bool wins = params.features <= kMostRows
-                        ? wins_of_few<T>(params, tiles, frame, products)
-                        : wins_of_many(g, frame, products, params.features, is_read_in_place<T>(g));
-  return wins && all_finite<T>(params.conv_weight, weights);
+  const auto lanes = static_cast<double>(tiles.lanes);
+  const auto rows = static_cast<double>(g.rows());
+  const auto cols = static_cast<double>(g.cols());
+  const auto channels = static_cast<double>(g.in_channels);
+  const Tiling tiling(tiles, plan.vectors, g.in_channels_per_group());
+  const Counts counts = frame.counts();
+  const double products =
+      counts.products / lanes * channels * static_cast<double>(g.out_channels_per_group());
+  double row = products * (1 + kLoad / tiling.columns) +
+               kSegment * counts.segments * channels / tiling.columns;
+  row += (is_read_in_place<T>(g) ? kInPlace : kFramed) * rows / lanes;
+  if (!frame.is_gapless(g)) row += kLine * rows / static_cast<double>(g.axis[2].out);
+  if (frame.parts() > 1) {
+    const double read = std::min(rows, static_cast<double>(g.out_channels) * valid_taps(g));
+    row += kSplit * read + kSplitLine * read / static_cast<double>(g.axis[2].in);
+  }
+  const bool is_scattered = frame.axis[2].step * params.weight_stride.position > 1;
+  if (is_scattered) row += kScattered * cols;
+  if (g.kernel_positions() > 1) {
+    row += kLine * cols / static_cast<double>(g.axis[2].in);
+    const bool is_far = params.features * g.cols() >= kFarBytes / static_cast<int64_t>(sizeof(T));
+    if (is_far) row += kFar * cols / lanes;
+  }
+  return kLaunch + row * static_cast<double>(params.features);
 }
 
 }  // namespace
 
-bool fits_by_position(const FuseConvLinearParams& params) {
-  if (params.geometry.taps_may_collide() || fits_matrix_tiles(params)) return false;
-  return dispatch(params.dtype, [&](auto zero) { return fits<decltype(zero)>(params); });
+double cost_by_position(const FuseConvLinearParams& params) {
+  if (params.geometry.taps_may_collide()) return kNever;
+  return dispatch(params.dtype, [&](auto zero) { return cost<decltype(zero)>(params); });
+}
+
+bool takes_by_position(const FuseConvLinearParams& params) {
+  const Geometry& g = params.geometry;
+  return dispatch(params.dtype, [&](auto zero) {
+    return all_finite<decltype(zero)>(
+        params.conv_weight, g.out_channels * g.in_channels_per_group() * g.kernel_positions());
+  });
 }
 
 void fuse_conv_linear_by_position(const FuseConvLinearParams& params,

@@ -32,7 +32,6 @@ struct AxisTap {
 struct AxisPhase {
   int64_t first;  // input position
   int64_t count;
-  int64_t valid;  // taps of all its positions that do not fall off the output
   std::vector<AxisTap> taps;
 };
 
@@ -60,7 +59,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
   for (int64_t first = 0; first < std::min(frame.step, axis.in); ++first) {
-    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), 0, {}};
+    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), {}};
     for (int64_t k = 0; k < axis.kernel; ++k) {
       // What the first of the phase reads: an output position times the stride, or of it a part.
       const int64_t reach = g.transposed ? k * axis.dilation - axis.pad_low
@@ -73,7 +72,6 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
       high = std::max(high, steps + phase.count - outs);
       phase.taps.push_back({k, rest, steps});
       frame.parts_read.push_back(rest);
-      phase.valid += std::min(phase.count, outs - steps) - std::max<int64_t>(0, -steps);
     }
     most_in = std::max(most_in, phase.count);
     frame.phases.push_back(std::move(phase));
@@ -107,9 +105,10 @@ struct Phase {
   std::vector<int64_t> k;
 };
 
-struct Products {
-  double all;
-  double valid;
+// Of a frame, for an output and an input channel.
+struct Counts {
+  double products;  // those of taps and positions that do not exist are among them
+  double segments;
 };
 
 struct Frame {
@@ -138,6 +137,13 @@ struct Frame {
     return places > static_cast<double>(kMostPlaces) ? kMostPlaces : parts() * part_places();
   }
 
+  // Places of the parts that any tap reads.
+  int64_t places_read() const {
+    int64_t places = part_places();
+    for (const AxisFrame& one : axis) places *= static_cast<int64_t>(one.parts_read.size());
+    return places;
+  }
+
   // One part lies behind the other, and in each one line behind the other.
   int64_t place(const Position& part, const Position& within) const {
     const int64_t number = (part.at[0] * axis[1].parts + part.at[1]) * axis[2].parts + part.at[2];
@@ -150,27 +156,22 @@ struct Frame {
     return ((p0.count - 1) * axis[1].pitch + p1.count - 1) * axis[2].pitch + p2.count;
   }
 
-  // Products of all segments for an output and an input channel, and those of them that are of taps
-  // and positions that exist.
-  Products products() const {
-    Products products = {};
+  Counts counts() const {
+    Counts counts = {};
     for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {
       const size_t taps = p0.taps.size() * p1.taps.size() * p2.taps.size();
-      const int64_t places = divide_up(span(p0, p1, p2), lanes) * lanes;
-      products.all += static_cast<double>(taps) * static_cast<double>(places);
-      products.valid += static_cast<double>(p0.valid) * static_cast<double>(p1.valid) *
-                        static_cast<double>(p2.valid);
+      const int64_t all = span(p0, p1, p2);
+      counts.products +=
+          static_cast<double>(taps) * static_cast<double>(divide_up(all, lanes) * lanes);
+      counts.segments += static_cast<double>(divide_up(all, width));
     });
-    return products;
+    return counts;
   }
 
   // Whether an image of these output positions has no places between them, only around all.
   bool is_gapless(const Geometry& g) const {
     return parts() == 1 && axis[1].pitch == g.axis[1].out && axis[2].pitch == g.axis[2].out;
   }
-
-  // Whether neighbours in a segment are neighbours in memory on either side.
-  bool is_dense() const { return parts() == 1 && axis[2].step == 1; }
 
   void list(const Geometry& g) {
     for_each_phase([&](const AxisPhase& p0, const AxisPhase& p1, const AxisPhase& p2) {

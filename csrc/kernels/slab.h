@@ -70,6 +70,18 @@ struct Slab {
 
 namespace detail {
 
+// Of a transposed convolution, whether the lines that its stride leaves out count as read: where
+// neighbours that are turned together hold some of either sort, copying all of them costs less. Not
+// what a wide dilation leaves out: it may be many times what one input position reads.
+inline bool reads_all_between(const Geometry& g, int a) {
+  constexpr int64_t kTogether = 16;
+  constexpr int64_t kMostDilation = 2;
+  int64_t inner = 1;
+  for (int b = a + 1; b < kAxes; ++b) inner *= g.axis[b].out;
+  return g.transposed && g.axis[a].dilation <= kMostDilation &&
+         g.axis[a].stride <= kTogether / inner;
+}
+
 // At least as many lines as any range of `length` input positions reads.
 inline int64_t most_reads(const Geometry& g, int a, int64_t length) {
   const Axis& axis = g.axis[a];
@@ -78,7 +90,7 @@ inline int64_t most_reads(const Geometry& g, int a, int64_t length) {
   const int64_t each = g.transposed ? axis.kernel : divide_up(axis.kernel, step);
   const int64_t window = g.transposed ? (length - 1) * axis.stride + reach + 1
                                       : (length - 1 + reach) / axis.stride + 1;
-  int64_t most = std::min(window, length * each);
+  int64_t most = reads_all_between(g, a) ? window : std::min(window, length * each);
   // What is repeated elsewhere, at the low end and at the high one.
   if (g.padding_mode != PaddingMode::kZeros) most += (axis.pad_low + axis.pad_high) * each;
   return std::min(axis.out, most);
@@ -108,6 +120,11 @@ inline void list_reads(const Geometry& g, int a, Range range, std::vector<int64_
   const Axis& axis = g.axis[a];
   const bool repeats = g.padding_mode != PaddingMode::kZeros;
   const Range window = repeats ? Range{0, axis.out} : window_of_reads(g, a, range);
+  if (reads_all_between(g, a)) {
+    reads.resize(static_cast<size_t>(window.last - window.first));
+    std::iota(reads.begin(), reads.end(), window.first);
+    return;
+  }
   std::vector<char> is_read(static_cast<size_t>(window.last - window.first));
   const auto at = [&](int64_t o) { return is_read.begin() + (o - window.first); };
   for (int64_t k = 0; k < axis.kernel; ++k) {

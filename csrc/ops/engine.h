@@ -1,8 +1,10 @@
 // Who computes the products of fuse_conv_linear and fuse_linear_conv: our kernels or torch's
-// convolution.
+// convolution; and by which way ours do on a CPU.
 #pragma once
 
 #include <string>
+
+#include "../kernels/fuse_conv_linear.h"
 
 namespace linfuse {
 
@@ -16,6 +18,13 @@ Engine engine();
 // Returns the name of the engine that was in force. Throws std::invalid_argument for an unknown
 // one.
 std::string set_engine(const std::string& name);
+
+// What set_way() said last of fuse_conv_linear.
+Way way();
+
+// Returns the name of the way that was in force. Throws std::invalid_argument for an unknown one.
+// A layer that cannot go a way other than "cheapest" is an error, so this is for tests.
+std::string set_way(const std::string& name);
 
 // The rule: whether torch's convolution makes the product on that device. Our CPU kernels win
 // nearly everywhere. Those for CUDA have not been timed against cuDNN, which so stays in charge.

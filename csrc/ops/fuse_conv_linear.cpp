@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
   }
 #endif
   params.threads = static_cast<int>(torch::stable::get_num_threads());
+  params.way = way();
   launch_fuse_conv_linear_cpu(params, torch_parallel_for(), std::ref(scratch));
   return {weight, bias};
 }

@@ -1,0 +1,62 @@
+// What the ways of fuse_conv_linear cost on a CPU, for the choice among them
+// (fuse_conv_linear_cpu.cpp). Each way has its formula beside it, counted in products: of one
+// vector, multiplied and added. The weights in them come from the times of layers at random, on all
+// ways (bench/NOTES.md). They are of the geometry, the number of rows and the type, not of where
+// the Linear lies: no bits may depend on that.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "fuse_conv_linear.h"
+#include "tile.h"
+
+namespace linfuse {
+
+// Of a way that cannot make a layer, or only with more memory than it may take.
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+// How so many vectors and columns are cut into tiles.
+struct Tiling {
+  double tiles;
+  double columns;  // of a tile
+  double product;  // what one costs there: sums that wait for each other leave units idle
+
+  template <typename A>
+  Tiling(const TileSet<A>& set, int64_t vectors, int64_t all_columns) {
+    constexpr double kBusy = 12;  // sums
+    constexpr double kIdle = 0.8;
+    const int64_t blocks = divide_up(all_columns, set.most_channels);
+    const int64_t of_tile = divide_up(all_columns, blocks);
+    const int64_t most = std::min(vectors, set.most_vectors(of_tile));
+    tiles = static_cast<double>(blocks * divide_up(vectors, most));
+    columns = static_cast<double>(of_tile);
+    product = 1 + kIdle * std::max(0.0, kBusy / static_cast<double>(most * of_tile) - 1);
+  }
+};
+
+// Taps of all positions that do not fall on padding, for an output and an input channel.
+inline double valid_taps(const Geometry& g) {
+  double taps = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& axis = g.axis[a];
+    const int64_t coarse = g.coarse_size(a);
+    int64_t of_axis = 0;
+    for (int64_t k = 0; k < axis.kernel; ++k) {
+      if (g.padding_mode != PaddingMode::kZeros) {
+        of_axis += coarse;
+        continue;
+      }
+      // Fine positions are coarse ones times the stride, from `first` on.
+      const int64_t first = k * axis.dilation - axis.pad_low;
+      const int64_t off = first < 0 ? divide_up(-first, axis.stride) : 0;
+      const int64_t most = g.fine_size(a) - 1 - first;
+      if (most >= 0)
+        of_axis += std::max<int64_t>(0, std::min(coarse, most / axis.stride + 1) - off);
+    }
+    taps *= static_cast<double>(of_axis);
+  }
+  return taps;
+}
+
+}  // namespace linfuse
