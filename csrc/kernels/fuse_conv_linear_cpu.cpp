@@ -1,4 +1,5 @@
-// Which of the five ways a layer goes.
+// Which of the five ways a layer goes: on a subgrid where it has one, by matrix tiles where the
+// machine has them, else the cheapest.
 #include <stdexcept>
 
 #include "fuse_conv_linear.h"

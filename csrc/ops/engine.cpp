@@ -26,7 +26,7 @@ Engine engine_from(const std::string& what, const std::string& name) {
   return choice_from<Engine>(what, kEngines, name);
 }
 
-std::atomic<Engine>& current() {
+std::atomic<Engine>& current_engine() {
   static std::atomic<Engine> engine = [] {
     const char* name = std::getenv("LINFUSE_ENGINE");
     return name == nullptr || *name == '\0' ? Engine::kAuto : engine_from("LINFUSE_ENGINE", name);
@@ -41,11 +41,11 @@ std::atomic<Way>& current_way() {
 
 }  // namespace
 
-Engine engine() { return current().load(std::memory_order_relaxed); }
+Engine engine() { return current_engine().load(std::memory_order_relaxed); }
 
 std::string set_engine(const std::string& name) {
   const Engine next = engine_from("set_engine: the engine", name);
-  return kEngines[static_cast<int>(current().exchange(next))];
+  return kEngines[static_cast<int>(current_engine().exchange(next))];
 }
 
 Way way() { return current_way().load(std::memory_order_relaxed); }
