@@ -124,8 +124,8 @@ PYBIND11_MODULE(_C, m) {
         "by the package's choice (\"auto\") from now on; returns what held before.");
   m.def("set_way", &linfuse::set_way, py::arg("name"),
         "Lets fuse_conv_linear on a CPU go by the way that costs least (\"cheapest\") or by one of "
-        "them (\"input\", \"output\", \"columns\", \"position\") from now on, for tests; returns "
-        "what held before. A layer that cannot go that way is a ValueError.");
+        "them (\"input\", \"tiles\", \"output\", \"columns\", \"position\") from now on, for "
+        "tests; returns what held before. A layer that cannot go that way is a ValueError.");
 
 #if defined(LINFUSE_COVERAGE)
   m.def("write_coverage", &__gcov_dump,

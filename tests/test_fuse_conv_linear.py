@@ -234,7 +234,16 @@ CUTS_OF_WAY = {
         ),
     },
 }  # fmt: skip
-CUTS = [(way, cut) for way, cuts in CUTS_OF_WAY.items() for cut in cuts]
+# By matrix tiles the work is cut as by input, for half types on a machine that has them and layers
+# whose groups have two output channels at least.
+HAS_TILES = _C.build_info()["simd"] == "amx"
+HALVES = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
+CUTS = [(way, cut, dtype) for way, cuts in CUTS_OF_WAY.items() for cut in cuts for dtype in DTYPES]
+if HAS_TILES:
+    CUTS_OF_WAY["tiles"] = {
+        cut: how for cut, how in CUTS_OF_WAY["input"].items() if how[3].get("groups") != how[1][0]
+    }
+    CUTS += [("tiles", cut, dtype) for cut in CUTS_OF_WAY["tiles"] for dtype in HALVES]
 
 
 @contextlib.contextmanager
@@ -259,8 +268,7 @@ def make_cut(way: str, cut: str, dtype: torch.dtype):
     return geometry, tensors, input_size, rest
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("way", "cut"), CUTS)
+@pytest.mark.parametrize(("way", "cut", "dtype"), CUTS, ids=str)
 def test_every_cut_of_the_work(way: str, cut: str, dtype: torch.dtype) -> None:
     """Against torch's convolution in float64; layers too large for the matrix of the reference."""
     geometry, tensors, input_size, rest = make_cut(way, cut, dtype)
@@ -287,14 +295,18 @@ def test_every_cut_of_the_work(way: str, cut: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_every_way_of_every_case(case: Case, features: int) -> None:
     """By input everything goes; by the others what they can, and the rest is refused."""
+    is_paired = case.geometry().out_channels > case.geometry().groups
     for dtype in DTYPES:
         tensors = operands(case, dtype, features)
+        takes_all = ["cheapest", "input"]
+        if HAS_TILES and is_paired and dtype in HALVES:
+            takes_all.append("tiles")
         for way in CUTS_OF_WAY:
             with going_by(way):
                 try:
                     weight, bias = call(case, *tensors)
                 except ValueError as error:
-                    assert way not in ("input", "cheapest"), error
+                    assert way not in takes_all, error
                     continue
             assert_equals_the_reference(case, tensors, weight, bias)
 
@@ -728,10 +740,8 @@ def test_every_simd_level_equals_the_reference(level: str) -> None:
         "from linfuse_ext import _C\n"
         f"assert _C.build_info()['simd'] == '{level}'\n"
         "for case in t.CASES:\n"
-        "    for dtype in t.DTYPES:\n"
-        "        for features in (3, 37):\n"
-        "            tensors = t.operands(case, dtype, features)\n"
-        "            t.assert_equals_the_reference(case, tensors, *t.call(case, *tensors))\n"
+        "    for features in (3, 37):\n"
+        "        t.test_every_way_of_every_case(case, features)\n"
         "for dtype in (torch.float16, torch.bfloat16):\n"
         "    for features in (1, 100):\n"
         "        t.test_every_half_is_widened_and_rounded(dtype, features)\n"

@@ -32,16 +32,39 @@ constexpr int64_t kSmallImage = int64_t{1} << 24;  // multiply-adds
 // Of the columns, of the images that they are added to, and of a chunk.
 constexpr int64_t kMostBytes = int64_t{1} << 20;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
-// What it costs beside its products (fuse_conv_linear_cost.h): a vector of a column that is added,
-// or an element where a stride lies between; a vector that is read in place, or copied; one that is
-// written; a line of a column; a launch.
-constexpr double kAdded = 8;
-constexpr double kScattered = 3;
-constexpr double kRead = 11;
-constexpr double kCopied = 22;
-constexpr double kWritten = 18;
-constexpr double kLine = 5;
-constexpr double kLaunch = 48e4;
+
+// What it costs beside its products (fuse_conv_linear_cost.h).
+struct Weights {
+  double load;      // a vector that a tile reads
+  double added;     // a vector of a column that is added
+  double split;     // an element of one, where a stride lies between
+  double read;      // a vector that is read in place
+  double copied;    // one that is not
+  double written;   // a vector
+  double line;      // of a column
+  double repacked;  // a weight
+  double launch;
+};
+constexpr Measured<Weights> kWeights = {
+    .narrow = {.load = 0,
+               .added = 8,
+               .split = 3,
+               .read = 11,
+               .copied = 22,
+               .written = 18,
+               .line = 5,
+               .repacked = 0,
+               .launch = 48e4},
+    .wide = {.load = 2.3,
+             .added = 7.6,
+             .split = 2.3,
+             .read = 18,
+             .copied = 28,
+             .written = 26,
+             .line = 4.9,
+             .repacked = 17,
+             .launch = 36e4},
+};
 
 template <typename A>
 struct ColumnsPlan {
@@ -343,13 +366,15 @@ double cost(const FuseConvLinearParams& params) {
   const auto lines = static_cast<double>(plan.taps * g.axis[0].out * g.axis[1].out);
   const Tiling tiling(tiles, plan.vectors, divide_up(plan.taps, plan.blocks));
   const double added = valid_taps(g) * static_cast<double>(g.in_channels_per_group());
-  const double image = columns * static_cast<double>(g.out_channels_per_group()) * tiling.product +
-                       added * (g.axis[2].stride == 1 ? kAdded / lanes : kScattered) +
-                       (std::is_same_v<T, A> ? kRead : kCopied) *
-                           static_cast<double>(g.out_channels_per_group() * g.out_positions()) /
-                           lanes +
-                       kWritten * (static_cast<double>(result) / lanes + columns) + kLine * lines;
-  return kLaunch + images * image;
+  const Weights& weights = kWeights.now();
+  const double products = columns * static_cast<double>(g.out_channels_per_group());
+  const double read = static_cast<double>(g.out_channels_per_group() * g.out_positions()) / lanes;
+  const double image = products * (tiling.product + weights.load / tiling.columns) +
+                       added * (g.axis[2].stride == 1 ? weights.added / lanes : weights.split) +
+                       (std::is_same_v<T, A> ? weights.read : weights.copied) * read +
+                       weights.written * (static_cast<double>(result) / lanes + columns) +
+                       weights.line * lines;
+  return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) + images * image;
 }
 
 }  // namespace

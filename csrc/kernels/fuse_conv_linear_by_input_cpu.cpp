@@ -29,16 +29,61 @@ constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kPackTask = 4096;
 constexpr int64_t kLeastPackTask = 512;
 constexpr int64_t kPackTasks = 8;
-// What it costs beside its products (fuse_conv_linear_cost.h): a tap that is listed for a tile; a
-// vector of rows, or of channels, that is packed or unpacked; one that has its rows innermost in
-// memory already; a launch.
-constexpr double kListed = 12;
-constexpr double kPacked = 42;
-constexpr double kPackedChannels = 70;
-constexpr double kUnpacked = 25;
-constexpr double kUnpackedChannels = 33;
-constexpr double kMoved = 10;
-constexpr double kLaunch = 81e4;
+// A Linear and a result of so much together are beyond all caches.
+constexpr int64_t kFarBytes = 64'000'000;
+// What it costs beside its products (fuse_conv_linear_cost.h).
+struct Weights {
+  double load;               // a vector that a tile reads
+  double listed;             // a tap, for a tile
+  double packed;             // a vector of rows
+  double unpacked;           // likewise
+  double packed_channels;    // a vector of channels
+  double unpacked_channels;  // likewise
+  double moved;              // a vector of rows that are innermost in memory already
+  double far;                // a vector, where there are many
+  double repacked;           // a weight
+  double launch;
+};
+constexpr Measured<Weights> kWeights = {
+    .narrow = {.load = 0,
+               .listed = 12,
+               .packed = 42,
+               .unpacked = 25,
+               .packed_channels = 70,
+               .unpacked_channels = 33,
+               .moved = 10,
+               .far = 0,
+               .repacked = 0,
+               .launch = 81e4},
+    .wide = {.load = 2.7,
+             .listed = 8.5,
+             .packed = 76,
+             .unpacked = 48,
+             .packed_channels = 160,
+             .unpacked_channels = 64,
+             .moved = 20,
+             .far = 26,
+             .repacked = 10,
+             .launch = 61e4},
+};
+// By matrix tiles, in the same unit: a product is of one input channel's weights and a tile of the
+// Linear.
+struct TileWeights {
+  double load;      // a line of the Linear that a tile reads
+  double part;      // of a tap, for the tiles of a panel
+  double position;  // likewise
+  double packed;    // a line of a vector
+  double unpacked;  // a vector of rows
+  double repacked;  // a factor of a weight
+  double launch;
+};
+constexpr TileWeights kTileWeights = {.load = 4.2,
+                                      .part = 33,
+                                      .position = 25,
+                                      .packed = 85,
+                                      .unpacked = 39,
+                                      .repacked = 20,
+                                      .launch = 57e4};
 
 template <typename T, typename Engine>
 class ByInput {
@@ -371,18 +416,48 @@ double cost(const FuseConvLinearParams& params) {
   const int64_t columns = of_channels ? params.features : channels;
   const Tiling tiling(tiles, vectors, columns);
   const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
-  const double products = valid_taps(g) * static_cast<double>(g.groups) *
-                          (of_tap * tiling.product + kListed * tiling.tiles);
+  const Weights& weights = kWeights.now();
+  const double products =
+      valid_taps(g) * static_cast<double>(g.groups) *
+      (of_tap * (tiling.product + weights.load / tiling.columns) + weights.listed * tiling.tiles);
+  const double fixed = weights.launch + weights.repacked * static_cast<double>(weights_of(g));
   const auto rows = static_cast<double>(g.rows());
   const auto cols = static_cast<double>(g.cols());
   if (of_channels) {
     const double each = static_cast<double>(params.features) / static_cast<double>(tiles.lanes);
-    return kLaunch + products + each * (kPackedChannels * rows + kUnpackedChannels * cols);
+    return fixed + products +
+           each * (weights.packed_channels * rows + weights.unpacked_channels * cols);
   }
   const bool turns = params.weight_stride.position == 1;
-  return kLaunch + products +
+  const int64_t bytes = params.features * (g.rows() + g.cols()) * int64_t{sizeof(T)};
+  const double far = bytes < kFarBytes ? 0 : weights.far;
+  return fixed + products +
          static_cast<double>(vectors) *
-             (turns ? kPacked * rows + kUnpacked * cols : kMoved * (rows + cols));
+             (turns ? (weights.packed + far) * rows + (weights.unpacked + far) * cols
+                    : weights.moved * (rows + cols));
+}
+
+template <typename T>
+double tiles_cost(const FuseConvLinearParams& params) {
+  constexpr int64_t kFactors = AmxPairs<T>::kFactors;
+  const TileWeights& weights = kTileWeights;
+  const Geometry& g = params.geometry;
+  const TileCut<T> cut(g);
+  const auto vectors = static_cast<double>(divide_up(params.features, Amx::kLanes));
+  const auto panels =
+      static_cast<double>(divide_up(params.features, Amx::kLanes * Amx::kMostTiles));
+  const auto blocks = static_cast<double>(g.groups * cut.blocks);
+  const double part = vectors * static_cast<double>(kFactors * cut.columns()) +
+                      weights.load * vectors * static_cast<double>(cut.depth) +
+                      weights.part * panels;
+  const double position = weights.position * panels;
+  const double products = valid_taps(g) * static_cast<double>(cut.parts) * part +
+                          static_cast<double>(g.in_positions()) * position;
+  return weights.launch + blocks * products +
+         weights.repacked * static_cast<double>(kFactors * weights_of(g)) +
+         vectors *
+             (weights.packed * static_cast<double>(g.groups * cut.lines() * g.out_positions()) +
+              weights.unpacked * static_cast<double>(g.cols()));
 }
 
 }  // namespace
@@ -395,17 +470,30 @@ void fuse_conv_linear_by_input(const FuseConvLinearParams& params, const Paralle
                                const Allocate& allocate) {
   dispatch(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) {
-      if (fits_matrix_tiles(params)) {
-        ByInput<T, MatrixTiles<T>>(params, parallel_for, allocate).run();
-        return;
-      }
-    }
     if (fits_channel_vectors<T>(params)) {
       ByInput<T, ChannelVectors<T>>(params, parallel_for, allocate).run();
       return;
     }
     ByInput<T, Vectors<T>>(params, parallel_for, allocate).run();
+  });
+}
+
+double cost_by_tiles(const FuseConvLinearParams& params) {
+  if (!fits_matrix_tiles(params)) return kNever;
+  return dispatch(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) return tiles_cost<T>(params);
+    return kNever;
+  });
+}
+
+void fuse_conv_linear_by_tiles(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
+                               const Allocate& allocate) {
+  dispatch(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      ByInput<T, MatrixTiles<T>>(params, parallel_for, allocate).run();
+    }
   });
 }
 

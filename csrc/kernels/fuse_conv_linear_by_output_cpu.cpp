@@ -21,14 +21,35 @@
 namespace linfuse {
 namespace {
 
-// What it costs beside its products (fuse_conv_linear_cost.h): a vector of rows that is packed or
-// unpacked; a tile, and a vector of it that is added; where a kernel element is added; a launch.
-constexpr double kPacked = 37;
-constexpr double kUnpacked = 28;
-constexpr double kTile = 95;
-constexpr double kAdded = 8;
-constexpr double kListed = 32;
-constexpr double kLaunch = 72e4;
+// What it costs beside its products (fuse_conv_linear_cost.h).
+struct Weights {
+  double load;      // a vector that a tile reads
+  double packed;    // a vector of rows
+  double unpacked;  // likewise
+  double tile;
+  double added;     // a vector of a tile
+  double listed;    // where a kernel element is added
+  double repacked;  // a weight
+  double launch;
+};
+constexpr Measured<Weights> kWeights = {
+    .narrow = {.load = 0,
+               .packed = 37,
+               .unpacked = 28,
+               .tile = 95,
+               .added = 8,
+               .listed = 32,
+               .repacked = 0,
+               .launch = 72e4},
+    .wide = {.load = 4.4,
+             .packed = 46,
+             .unpacked = 44,
+             .tile = 100,
+             .added = 4.4,
+             .listed = 4.3,
+             .repacked = 10,
+             .launch = 55e4},
+};
 
 constexpr int64_t kResultBytes = int64_t{2} << 20;
 // Of a slab of one position.
@@ -251,12 +272,16 @@ double cost(const FuseConvLinearParams& params) {
   const auto vectors = static_cast<double>(plan.panels.vectors);
   const auto taps = static_cast<double>(plan.taps) * vectors;
   const auto chunks = static_cast<double>(divide_up(plan.out_channels, plan.chunk_channels));
+  const Weights& weights = kWeights.now();
+  const double product = tiling.product + weights.load / tiling.columns;
   const double position =
-      taps * (static_cast<double>(plan.out_channels) * tiling.product + kAdded * chunks) +
-      chunks * (kTile * tiling.tiles + kListed * static_cast<double>(g.kernel_positions()));
-  return kLaunch + static_cast<double>(g.out_positions() * g.groups) * position +
-         vectors *
-             (kPacked * static_cast<double>(g.rows()) + kUnpacked * static_cast<double>(g.cols()));
+      taps * (static_cast<double>(plan.out_channels) * product + weights.added * chunks) +
+      chunks * (weights.tile * tiling.tiles +
+                weights.listed * static_cast<double>(g.kernel_positions()));
+  return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) +
+         static_cast<double>(g.out_positions() * g.groups) * position +
+         vectors * (weights.packed * static_cast<double>(g.rows()) +
+                    weights.unpacked * static_cast<double>(g.cols()));
 }
 
 }  // namespace

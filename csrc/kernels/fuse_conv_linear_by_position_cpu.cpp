@@ -33,21 +33,46 @@ constexpr int64_t kRereadBytes = int64_t{192} << 10;
 constexpr int64_t kFewChannels = 32;
 // About half of a core's first-level cache.
 constexpr int64_t kCacheBytes = int64_t{24} << 10;
-// What it costs beside its products (fuse_conv_linear_cost.h): a vector that a tile reads, as most
-// lie across lines of memory; a block of a segment; a vector of an image that is framed, or read in
-// place; an element of one that has parts, and a line of those; an element of a result that has
-// phases; a line of an image or of the result; a vector of a result beyond the caches; a launch.
-constexpr double kLoad = 0.8;
-constexpr double kSegment = 220;
-constexpr double kFramed = 20;
-constexpr double kInPlace = 12;
-constexpr double kSplit = 2.5;
-constexpr double kSplitLine = 19;
-constexpr double kScattered = 3.5;
-constexpr double kLine = 30;
-constexpr double kFar = 28;
+// A result of so much is beyond all caches.
 constexpr int64_t kFarBytes = int64_t{1} << 26;
-constexpr double kLaunch = 57e4;
+// What it costs beside its products (fuse_conv_linear_cost.h).
+struct Weights {
+  double load;       // a vector that a tile reads, as most lie across lines of memory
+  double segment;    // a block of one
+  double framed;     // a vector of an image
+  double in_place;   // one that is read where it lies
+  double part;       // an element of an image that has parts
+  double part_line;  // a line of those
+  double scattered;  // an element of a result that has phases
+  double line;       // of an image or of the result
+  double far;        // a vector of a result beyond the caches
+  double repacked;   // a weight
+  double launch;
+};
+constexpr Measured<Weights> kWeights = {
+    .narrow = {.load = 0.8,
+               .segment = 220,
+               .framed = 20,
+               .in_place = 12,
+               .part = 2.5,
+               .part_line = 19,
+               .scattered = 3.5,
+               .line = 30,
+               .far = 28,
+               .repacked = 0,
+               .launch = 57e4},
+    .wide = {.load = 1.5,
+             .segment = 420,
+             .framed = 29,
+             .in_place = 20,
+             .part = 2.8,
+             .part_line = 32,
+             .scattered = 4.6,
+             .line = 20,
+             .far = 67,
+             .repacked = 20,
+             .launch = 44e4},
+};
 // Bytes from channel to channel that leave too few sets of a cache to a segment.
 constexpr int64_t kCrowded = 1024;
 // Elements of a line that are converted at a time.
@@ -423,8 +448,7 @@ double cost(const FuseConvLinearParams& params) {
   using A = Accumulate<T>;
   const Geometry& g = params.geometry;
   const TileSet<A>& tiles = simd_kernels(simd_level());
-  const int64_t weights = g.out_channels * g.in_channels_per_group() * g.kernel_positions();
-  if (weights * static_cast<int64_t>(sizeof(A)) > kMostWeightBytes) return kNever;
+  if (weights_of(g) * static_cast<int64_t>(sizeof(A)) > kMostWeightBytes) return kNever;
   const ImagePlan plan = make_image_plan<A>(g, tiles);
   if (!plan.fits) return kNever;
 
@@ -435,24 +459,26 @@ double cost(const FuseConvLinearParams& params) {
   const auto channels = static_cast<double>(g.in_channels);
   const Tiling tiling(tiles, plan.vectors, g.in_channels_per_group());
   const Counts counts = frame.counts();
+  const Weights& weights = kWeights.now();
   const double products =
       counts.products / lanes * channels * static_cast<double>(g.out_channels_per_group());
-  double row = products * (1 + kLoad / tiling.columns) +
-               kSegment * counts.segments * channels / tiling.columns;
-  row += (is_read_in_place<T>(g) ? kInPlace : kFramed) * rows / lanes;
-  if (!frame.is_gapless(g)) row += kLine * rows / static_cast<double>(g.axis[2].out);
+  double row = products * (1 + weights.load / tiling.columns) +
+               weights.segment * counts.segments * channels / tiling.columns;
+  row += (is_read_in_place<T>(g) ? weights.in_place : weights.framed) * rows / lanes;
+  if (!frame.is_gapless(g)) row += weights.line * rows / static_cast<double>(g.axis[2].out);
   if (frame.parts() > 1) {
     const double read = std::min(rows, static_cast<double>(g.out_channels) * valid_taps(g));
-    row += kSplit * read + kSplitLine * read / static_cast<double>(g.axis[2].in);
+    row += weights.part * read + weights.part_line * read / static_cast<double>(g.axis[2].in);
   }
   const bool is_scattered = frame.axis[2].step * params.weight_stride.position > 1;
-  if (is_scattered) row += kScattered * cols;
+  if (is_scattered) row += weights.scattered * cols;
   if (g.kernel_positions() > 1) {
-    row += kLine * cols / static_cast<double>(g.axis[2].in);
+    row += weights.line * cols / static_cast<double>(g.axis[2].in);
     const bool is_far = params.features * g.cols() >= kFarBytes / static_cast<int64_t>(sizeof(T));
-    if (is_far) row += kFar * cols / lanes;
+    if (is_far) row += weights.far * cols / lanes;
   }
-  return kLaunch + row * static_cast<double>(params.features);
+  return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) +
+         row * static_cast<double>(params.features);
 }
 
 }  // namespace

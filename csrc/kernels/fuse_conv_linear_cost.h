@@ -1,8 +1,9 @@
 // What the ways of fuse_conv_linear cost on a CPU, for the choice among them
 // (fuse_conv_linear_cpu.cpp). Each way has its formula beside it, counted in products: of one
-// vector, multiplied and added. The weights in them come from the times of layers at random, on all
-// ways (bench/NOTES.md). They are of the geometry, the number of rows and the type, not of where
-// the Linear lies: no bits may depend on that.
+// vector, multiplied and added. Beside those of its tiles a way has weights: what each other thing
+// that it does costs. They come from the times of layers at random, on all ways (bench/NOTES.md).
+// Costs are of the geometry, the number of rows and the type, not of where the Linear lies: no bits
+// may depend on that.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +17,16 @@ namespace linfuse {
 // Of a way that cannot make a layer, or only with more memory than it may take.
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
+// Weights as they were measured with vectors of up to 32 bytes, and of 64, which hold twice as much
+// to read and write. Zero: not seen in the times there.
+template <typename Weights>
+struct Measured {
+  Weights narrow;
+  Weights wide;
+
+  const Weights& now() const { return simd_level() < SimdLevel::kAvx512 ? narrow : wide; }
+};
+
 // How so many vectors and columns are cut into tiles.
 struct Tiling {
   double tiles;
@@ -25,15 +36,19 @@ struct Tiling {
   template <typename A>
   Tiling(const TileSet<A>& set, int64_t vectors, int64_t all_columns) {
     constexpr double kBusy = 12;  // sums
-    constexpr double kIdle = 0.8;
+    constexpr Measured<double> kIdle = {.narrow = 0.8, .wide = 0.2};
     const int64_t blocks = divide_up(all_columns, set.most_channels);
     const int64_t of_tile = divide_up(all_columns, blocks);
     const int64_t most = std::min(vectors, set.most_vectors(of_tile));
     tiles = static_cast<double>(blocks * divide_up(vectors, most));
     columns = static_cast<double>(of_tile);
-    product = 1 + kIdle * std::max(0.0, kBusy / static_cast<double>(most * of_tile) - 1);
+    product = 1 + kIdle.now() * std::max(0.0, kBusy / static_cast<double>(most * of_tile) - 1);
   }
 };
+
+inline int64_t weights_of(const Geometry& g) {
+  return g.out_channels * g.in_channels_per_group() * g.kernel_positions();
+}
 
 // Taps of all positions that do not fall on padding, for an output and an input channel.
 inline double valid_taps(const Geometry& g) {

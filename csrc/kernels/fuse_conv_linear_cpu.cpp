@@ -1,5 +1,4 @@
-// Which of the five ways a layer goes: on a subgrid where it has one, by matrix tiles where the
-// machine has them, else the cheapest.
+// Which of the six ways a layer goes: on a subgrid where it has one, else the cheapest.
 #include <stdexcept>
 
 #include "fuse_conv_linear.h"
@@ -9,7 +8,6 @@
 #include "fuse_conv_linear_by_position.h"
 #include "fuse_conv_linear_by_subgrid.h"
 #include "fuse_conv_linear_cost.h"
-#include "fuse_conv_linear_engines.h"
 
 namespace linfuse {
 namespace {
@@ -26,23 +24,11 @@ struct Candidate {
 
 constexpr Candidate kCandidates[] = {
     {Way::kInput, cost_by_input, takes_all, fuse_conv_linear_by_input},
+    {Way::kTiles, cost_by_tiles, takes_all, fuse_conv_linear_by_tiles},
     {Way::kOutput, cost_by_output, takes_all, fuse_conv_linear_by_output},
     {Way::kColumns, cost_by_columns, takes_all, fuse_conv_linear_by_columns},
     {Way::kPosition, cost_by_position, takes_by_position, fuse_conv_linear_by_position},
 };
-
-// Matrix tiles, which only the way by input has, are several times as fast as vectors, but for one
-// input channel, of which they hold too little.
-void run_by_tiles(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
-                  const Allocate& allocate) {
-  constexpr int64_t kLeastOutChannels = 16;
-  const Geometry& g = params.geometry;
-  const bool by_output = g.in_channels_per_group() == 1 &&
-                         g.out_channels_per_group() >= kLeastOutChannels &&
-                         cost_by_output(params) < kNever;
-  (by_output ? fuse_conv_linear_by_output : fuse_conv_linear_by_input)(params, parallel_for,
-                                                                       allocate);
-}
 
 }  // namespace
 
@@ -51,10 +37,6 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
   if (params.features == 0) return;
   if (fits_by_subgrid(params)) {
     fuse_conv_linear_by_subgrid(params, parallel_for, allocate);
-    return;
-  }
-  if (params.way == Way::kCheapest && fits_matrix_tiles(params)) {
-    run_by_tiles(params, parallel_for, allocate);
     return;
   }
   const Candidate* best = nullptr;

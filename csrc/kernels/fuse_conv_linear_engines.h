@@ -300,6 +300,33 @@ class ChannelVectors {
   int64_t columns_;
 };
 
+// How matrix tiles cut a group's channels.
+template <typename T>
+struct TileCut {
+  int64_t pairs;   // of its output channels
+  int64_t parts;   // that these are cut into
+  int64_t depth;   // of a part
+  int64_t blocks;  // of its input channels
+  int64_t tiles;   // of a block
+  int64_t rows;    // of a tile
+
+  explicit TileCut(const Geometry& g)
+      : pairs(divide_up(g.out_channels_per_group(), AmxPairs<T>::kChannels)),
+        parts(divide_up(pairs, Amx::kMostRows)),
+        depth(divide_up(pairs, parts)),
+        blocks(divide_up(g.in_channels_per_group(), Amx::kMostRows * Amx::kMostTiles)),
+        tiles(divide_up(most_in_block(g), Amx::kMostRows)),
+        rows(divide_up(most_in_block(g), tiles)) {}
+
+  int64_t lines() const { return parts * depth; }
+  int64_t columns() const { return tiles * rows; }
+
+ private:
+  int64_t most_in_block(const Geometry& g) const {
+    return divide_up(g.in_channels_per_group(), blocks);
+  }
+};
+
 template <typename T>
 class MatrixTiles {
   static constexpr int kChannels = AmxPairs<T>::kChannels;
@@ -323,23 +350,15 @@ class MatrixTiles {
   };
 
   explicit MatrixTiles(const Work<T>& work)
-      : work_(work),
-        kernels_(*amx_kernels()),
-        pairs_(divide_up(work.g.out_channels_per_group(), kChannels)),
-        parts_(divide_up(pairs_, Amx::kMostRows)),
-        depth_(divide_up(pairs_, parts_)),
-        blocks_(divide_up(work.g.in_channels_per_group(), Amx::kMostRows * Amx::kMostTiles)),
-        tiles_(divide_up(most_in_block(), Amx::kMostRows)),
-        rows_(divide_up(most_in_block(), tiles_)),
-        registers_(rows_, depth_) {}
+      : work_(work), kernels_(*amx_kernels()), cut_(work.g), registers_(cut_.rows, cut_.depth) {}
 
   EngineShape shape() const {
     EngineShape shape = {};
     shape.element_bytes = sizeof(Element);
     shape.lanes = Amx::kLanes;
-    shape.lines = parts_ * depth_;
-    shape.blocks = blocks_;
-    shape.columns = tiles_ * rows_;
+    shape.lines = cut_.lines();
+    shape.blocks = cut_.blocks;
+    shape.columns = cut_.columns();
     shape.weights = shape.lines * kFactors * shape.columns;
     shape.most_vectors = kMostVectors;
     shape.kernel_step = 1;
@@ -377,17 +396,17 @@ class MatrixTiles {
     const Geometry& g = work_.g;
     const T* weight = static_cast<const T*>(work_.params.conv_weight);
     const int64_t positions = g.kernel_positions();
-    const int64_t factor_size = tiles_ * rows_ * depth_;
-    const int64_t step = parts_ * kFactors * factor_size;
+    const int64_t factor_size = cut_.columns() * cut_.depth;
+    const int64_t step = cut_.parts * kFactors * factor_size;
     std::memset(static_cast<void*>(packed), 0,
                 static_cast<size_t>(positions * step) * sizeof(Pair));
     for (int64_t c = 0; c < g.out_channels_per_group(); ++c) {
       const int64_t line = c / kChannels;
-      Pair* column = packed + line / depth_ * kFactors * factor_size + line % depth_;
+      Pair* column = packed + line / cut_.depth * kFactors * factor_size + line % cut_.depth;
       for (int64_t n = 0; n < channels; ++n) {
         const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
         for (int64_t k = 0; k < positions; ++k) {
-          Pair* to = column + k * step + n * depth_;
+          Pair* to = column + k * step + n * cut_.depth;
           if constexpr (kFactors == 1) {
             to->half[c % kChannels] = kernel[k];
           } else {
@@ -402,21 +421,21 @@ class MatrixTiles {
 
   Task task(const Rows& rows, int64_t) const {
     Task task = {};
-    task.weight_step = parts_ * kFactors * tiles_ * rows_ * depth_;
-    task.parts = parts_;
+    task.weight_step = cut_.parts * kFactors * cut_.columns() * cut_.depth;
+    task.parts = cut_.parts;
     task.factors = kFactors;
-    task.depth = depth_;
-    task.rows = rows_;
+    task.depth = cut_.depth;
+    task.rows = cut_.rows;
     task.width = rows.width;
     return task;
   }
 
-  int64_t columns(int64_t) const { return tiles_ * rows_; }
+  int64_t columns(int64_t) const { return cut_.columns(); }
 
   void multiply(Task task, const Rows& rows, int64_t, float* sums) const {
     for (int64_t v = 0; v < rows.vectors; v += Amx::kMostTiles) {
       const int64_t some = std::min<int64_t>(Amx::kMostTiles, rows.vectors - v);
-      kernels_.multiply[tiles_][some](task, sums + v * Amx::kLanes);
+      kernels_.multiply[cut_.tiles][some](task, sums + v * Amx::kLanes);
       task.linear += some * Amx::kLanes;
     }
   }
@@ -430,16 +449,9 @@ class MatrixTiles {
  private:
   static constexpr int64_t kMostVectors = 2;
 
-  int64_t most_in_block() const { return divide_up(work_.g.in_channels_per_group(), blocks_); }
-
   const Work<T>& work_;
   const AmxKernels& kernels_;
-  int64_t pairs_;
-  int64_t parts_;
-  int64_t depth_;
-  int64_t blocks_;
-  int64_t tiles_;
-  int64_t rows_;
+  TileCut<T> cut_;
   AmxShapes registers_;
 };
 
@@ -453,7 +465,7 @@ bool fits_channel_vectors(const FuseConvLinearParams& params) {
          channels * padded(params.features) > params.features * padded(channels);
 }
 
-// They win even where they are far from full; only a single output channel makes no pair.
+// A single output channel makes no pair.
 inline bool fits_matrix_tiles(const FuseConvLinearParams& params) {
   return element_size(params.dtype) == 2 && simd_level() == SimdLevel::kAmx &&
          params.geometry.out_channels_per_group() > 1;
