@@ -44,8 +44,7 @@ class Merger {
       multiply_blocks();
     }
     if constexpr (!std::is_same_v<T, double>) {
-      T* weight = static_cast<T*>(params_.weight);
-      for_each(parallel_for_, elements, 1, [&](int64_t n) { weight[n] = round(merged_[n]); });
+      narrow(merged_, elements, parallel_for_, static_cast<T*>(params_.weight));
     }
     make_bias();
   }

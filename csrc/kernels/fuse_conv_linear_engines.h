@@ -84,6 +84,13 @@ inline Range taps_of_block(int64_t taps, int64_t blocks, int64_t block) {
   return {block * taps / blocks, (block + 1) * taps / blocks};
 }
 
+// Tasks that packing a block's weights, or a group's, is cut into: enough for the threads there
+// are, where these are few.
+inline int64_t tasks_of_weight(const Geometry& g) {
+  constexpr int64_t kLeastChannels = 16;
+  return divide_up(g.out_channels_per_group(), kLeastChannels);
+}
+
 // The weights of each group as [block][c_out][(k, c_in) of the block].
 template <typename T>
 void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
@@ -99,11 +106,16 @@ void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
     }
   }
   const auto taps = static_cast<int64_t>(place.size());
-  for_each(work.parallel_for, g.groups, taps * out_channels, [&](int64_t group) {
-    A* packed = to + group * taps * out_channels;
+  const int64_t tasks = tasks_of_weight(g);
+  for_each(work.parallel_for, g.groups * tasks, taps * out_channels / tasks, [&](int64_t item) {
+    const int64_t group = item / tasks;
+    const int64_t task = item % tasks;
+    const Range channels = {task * out_channels / tasks, (task + 1) * out_channels / tasks};
     for (int64_t block = 0; block < blocks; ++block) {
       const Range some = taps_of_block(taps, blocks, block);
-      for (int64_t c = 0; c < out_channels; ++c) {
+      const int64_t size = some.last - some.first;
+      A* packed = to + (group * taps + some.first) * out_channels + channels.first * size;
+      for (int64_t c = channels.first; c < channels.last; ++c) {
         const T* from = weight + g.weight_index(group * out_channels + c, 0);
         for (int64_t n = some.first; n < some.last; ++n) {
           *packed++ = static_cast<A>(from[place[static_cast<size_t>(n)]]);
@@ -111,12 +123,6 @@ void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
       }
     }
   });
-}
-
-// Of packing those of a block: enough for the threads there are, where blocks are few.
-inline int64_t tasks_of_weight(const Geometry& g) {
-  constexpr int64_t kLeastChannels = 16;
-  return divide_up(g.out_channels_per_group(), kLeastChannels);
 }
 
 template <typename T>
