@@ -34,19 +34,21 @@ constexpr int64_t kFarBytes = 64'000'000;
 // What it costs beside its products (fuse_conv_linear_cost.h).
 struct Weights {
   double load;               // a vector that a tile reads
-  double listed;             // a tap, for a tile
+  double tap;                // for a tile
+  double listed;             // a tap, for the tiles of all input channels
   double packed;             // a vector of rows
   double unpacked;           // likewise
   double packed_channels;    // a vector of channels
   double unpacked_channels;  // likewise
   double moved;              // a vector of rows that are innermost in memory already
-  double far;                // a vector, where there are many
+  double far;                // a vector beyond all caches
   double repacked;           // a weight
   double launch;
 };
 constexpr Measured<Weights> kWeights = {
     .narrow = {.load = 0,
-               .listed = 12,
+               .tap = 12,
+               .listed = 0,
                .packed = 42,
                .unpacked = 25,
                .packed_channels = 70,
@@ -55,16 +57,17 @@ constexpr Measured<Weights> kWeights = {
                .far = 0,
                .repacked = 0,
                .launch = 81e4},
-    .wide = {.load = 2.7,
-             .listed = 8.5,
+    .wide = {.load = 2.5,
+             .tap = 0,
+             .listed = 44,
              .packed = 76,
-             .unpacked = 48,
+             .unpacked = 46,
              .packed_channels = 160,
-             .unpacked_channels = 64,
+             .unpacked_channels = 60,
              .moved = 20,
-             .far = 26,
+             .far = 29,
              .repacked = 10,
-             .launch = 61e4},
+             .launch = 54e4},
 };
 // By matrix tiles, in the same unit: a product is of one input channel's weights and a tile of the
 // Linear.
@@ -417,9 +420,11 @@ double cost(const FuseConvLinearParams& params) {
   const Tiling tiling(tiles, vectors, columns);
   const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
   const Weights& weights = kWeights.now();
+  const double tap =
+      of_tap * (tiling.product + weights.load / tiling.columns) + weights.tap * tiling.tiles;
+  const double lists = of_channels ? tiling.tiles : tiling.rows;
   const double products =
-      valid_taps(g) * static_cast<double>(g.groups) *
-      (of_tap * (tiling.product + weights.load / tiling.columns) + weights.listed * tiling.tiles);
+      valid_taps(g) * (static_cast<double>(g.groups) * tap + weights.listed * lists);
   const double fixed = weights.launch + weights.repacked * static_cast<double>(weights_of(g));
   const auto rows = static_cast<double>(g.rows());
   const auto cols = static_cast<double>(g.cols());
@@ -430,7 +435,8 @@ double cost(const FuseConvLinearParams& params) {
   }
   const bool turns = params.weight_stride.position == 1;
   const int64_t bytes = params.features * (g.rows() + g.cols()) * int64_t{sizeof(T)};
-  const double far = bytes < kFarBytes ? 0 : weights.far;
+  const double far =
+      bytes < kFarBytes ? 0 : weights.far * double{sizeof(T)} / double{sizeof(Accumulate<T>)};
   return fixed + products +
          static_cast<double>(vectors) *
              (turns ? (weights.packed + far) * rows + (weights.unpacked + far) * cols

@@ -30,6 +30,7 @@ struct Measured {
 // How so many vectors and columns are cut into tiles.
 struct Tiling {
   double tiles;
+  double rows;     // of tiles: those that have the same columns
   double columns;  // of a tile
   double product;  // what one costs there: sums that wait for each other leave units idle
 
@@ -40,7 +41,8 @@ struct Tiling {
     const int64_t blocks = divide_up(all_columns, set.most_channels);
     const int64_t of_tile = divide_up(all_columns, blocks);
     const int64_t most = std::min(vectors, set.most_vectors(of_tile));
-    tiles = static_cast<double>(blocks * divide_up(vectors, most));
+    rows = static_cast<double>(divide_up(vectors, most));
+    tiles = rows * static_cast<double>(blocks);
     columns = static_cast<double>(of_tile);
     product = 1 + kIdle.now() * std::max(0.0, kBusy / static_cast<double>(most * of_tile) - 1);
   }
