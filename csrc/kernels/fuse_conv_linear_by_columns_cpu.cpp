@@ -369,7 +369,7 @@ double cost(const FuseConvLinearParams& params) {
   const Weights& weights = kWeights.now();
   const double products = columns * static_cast<double>(g.out_channels_per_group());
   const double read = static_cast<double>(g.out_channels_per_group() * g.out_positions()) / lanes;
-  const double image = products * (tiling.product + weights.load / tiling.columns) +
+  const double image = products * tiling.product_with(weights.load) +
                        added * (g.axis[2].stride == 1 ? weights.added / lanes : weights.split) +
                        (std::is_same_v<T, A> ? weights.read : weights.copied) * read +
                        weights.written * (static_cast<double>(result) / lanes + columns) +

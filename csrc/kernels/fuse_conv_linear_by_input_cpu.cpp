@@ -420,8 +420,7 @@ double cost(const FuseConvLinearParams& params) {
   const Tiling tiling(tiles, vectors, columns);
   const auto of_tap = static_cast<double>(g.out_channels_per_group() * vectors * columns);
   const Weights& weights = kWeights.now();
-  const double tap =
-      of_tap * (tiling.product + weights.load / tiling.columns) + weights.tap * tiling.tiles;
+  const double tap = of_tap * tiling.product_with(weights.load) + weights.tap * tiling.tiles;
   const double lists = of_channels ? tiling.tiles : tiling.rows;
   const double products =
       valid_taps(g) * (static_cast<double>(g.groups) * tap + weights.listed * lists);

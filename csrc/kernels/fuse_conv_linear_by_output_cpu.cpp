@@ -273,7 +273,7 @@ double cost(const FuseConvLinearParams& params) {
   const auto taps = static_cast<double>(plan.taps) * vectors;
   const auto chunks = static_cast<double>(divide_up(plan.out_channels, plan.chunk_channels));
   const Weights& weights = kWeights.now();
-  const double product = tiling.product + weights.load / tiling.columns;
+  const double product = tiling.product_with(weights.load);
   const double position =
       taps * (static_cast<double>(plan.out_channels) * product + weights.added * chunks) +
       chunks * (weights.tile * tiling.tiles +

@@ -46,6 +46,9 @@ struct Tiling {
     columns = static_cast<double>(of_tile);
     product = 1 + kIdle.now() * std::max(0.0, kBusy / static_cast<double>(most * of_tile) - 1);
   }
+
+  // With what its share of a vector costs that is read for all columns of a tile.
+  double product_with(double load) const { return product + load / columns; }
 };
 
 inline int64_t weights_of(const Geometry& g) {
