@@ -5,6 +5,7 @@ A result is right if it maps random inputs as the layers do that it stands for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -75,30 +76,32 @@ def _settings(layer: Layer) -> tuple[Any, ...]:
     return layer.input_size, layer.stride, layer.padding, layer.dilation, layer.groups
 
 
+@functools.cache
+def _function(name: str) -> Callable[..., peers.Affine]:
+    """Found once: importing it takes a tenth of a call on a tiny layer."""
+    from linfuse_ext import functional
+
+    return getattr(functional, name)  # type: ignore[no-any-return]
+
+
 def ours_on_layer(name: str, **more: Any) -> Callable[..., peers.Affine]:
     def run(layer: Layer, *tensors: Tensor) -> peers.Affine:
-        from linfuse_ext import functional
-
-        function = getattr(functional, name)
-        return function(*tensors, *_settings(layer), transposed=layer.transposed, **more)
+        settings = _settings(layer)
+        return _function(name)(*tensors, *settings, transposed=layer.transposed, **more)
 
     return run
 
 
 def _ours_matrix(layer: Layer, cw: Tensor, cb: Tensor) -> peers.Affine:
-    from linfuse_ext import functional
-
-    return functional.conv_to_affine(
+    return _function(MATRIX)(
         cw, cb, *_settings(layer), transposed=layer.transposed,
         rows=None if layer.block is None else (0, layer.block),
     )  # fmt: skip
 
 
 def _ours_pair(pair: Pair, *tensors: Tensor) -> peers.Affine:
-    from linfuse_ext import functional
-
     one, two = pair.first, pair.second
-    return functional.fuse_conv_conv(
+    return _function(CONV_CONV)(
         *tensors,
         first_stride=one.stride, first_padding=one.padding, first_dilation=one.dilation,
         first_groups=one.groups, second_stride=two.stride, second_padding=two.padding,

@@ -26,32 +26,34 @@ def call(
     Returns:
         What the op returns.
     """
-    plain = _is_plain_call(operands)
-    arguments, keywords = (
-        _spelled_shortly(geometry) if plain else (geometry.op_arguments, geometry.op_keywords)
-    )
-    return _call(op, plain, operands, *arguments, **keywords, **options)
+    if _is_plain_call(operands):
+        arguments, keywords = _spelled_shortly(geometry)
+        return _call_below_autograd(op, operands, arguments, {**keywords, **options})
+    return _call(op, operands, geometry.op_arguments, {**geometry.op_keywords, **options})
 
 
 def call_with(
     op: Any, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
 ) -> tuple[Tensor, ...]:
     """The same with all arguments spelled out."""
-    return _call(op, _is_plain_call(operands), operands, *arguments, **options)
+    if _is_plain_call(operands):
+        return _call_below_autograd(op, operands, arguments, options)
+    return _call(op, operands, arguments, options)
+
+
+def _call_below_autograd(
+    op: Any, operands: tuple[Tensor | None, ...], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*operands, *arguments, **named)  # type: ignore[no-any-return]
 
 
 def _call(
-    op: Any, plain: bool, operands: tuple[Tensor | None, ...], *arguments: Any, **options: Any
+    op: Any, operands: tuple[Tensor | None, ...], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...]
-    if plain:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = op(*operands, *arguments, **options)
-    elif torch.compiler.is_compiling():
-        outputs = op(*operands, *arguments, **options)
-    else:
-        outputs = call_sharded(op, operands, *arguments, **options)
-    return outputs
+    if torch.compiler.is_compiling():
+        return op(*operands, *arguments, **named)  # type: ignore[no-any-return]
+    return call_sharded(op, operands, *arguments, **named)  # type: ignore[no-any-return]
 
 
 def _spelled_shortly(geometry: Geometry) -> tuple[tuple[Any, ...], dict[str, Any]]:

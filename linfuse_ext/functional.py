@@ -121,19 +121,15 @@ def conv_to_affine(
     """
     op = "conv_to_affine"
     check_tensor(op, "weight", weight)
-    if not isinstance(layout, torch.layout):
-        raise TypeError(f"{op}: `layout` must be a torch.layout, got {layout!r}")
-    if layout not in (torch.strided, torch.sparse_csr, torch.sparse_coo):
-        raise ValueError(
-            f"{op}: `layout` must be torch.strided, torch.sparse_csr or torch.sparse_coo, "
-            f"got {layout}"
-        )
+    if layout is not torch.strided:
+        sparse.check_layout(op, layout)
     settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
-    geometry = make_geometry(op, weight.shape, input_size, *settings)
+    geometry = make_geometry(op, tuple(weight.shape), input_size, *settings)
     check_bias(op, "bias", bias, weight, geometry.out_channels)
     block = _check_rows(op, rows, geometry)
-    sparse.check_index_dtype(op, index_dtype, layout, geometry, block)
-    if layout != torch.strided:
+    if index_dtype is not torch.int64:
+        sparse.check_index_dtype(op, index_dtype, layout, geometry, block)
+    if layout is not torch.strided:
         check_not_sharded(f"{op} with layout {layout}", "weight", weight)
         if layout == torch.sparse_csr and not weight.is_meta:
             check_holds_values(op, "weight", weight, "torch makes no fake tensors of this layout")
@@ -200,7 +196,7 @@ def conv_to_diagonals(
     check_tensor(op, "weight", weight)
     check_not_sharded(op, "weight", weight)
     settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
-    geometry = make_geometry(op, weight.shape, input_size, *settings)
+    geometry = make_geometry(op, tuple(weight.shape), input_size, *settings)
     check_bias(op, "bias", bias, weight, geometry.out_channels)
     check_holds_values(op, "weight", weight, "it is looked up which diagonals there are")
     return sparse.make_diagonals(weight, bias, geometry)
@@ -262,7 +258,7 @@ def fuse_conv_linear(
     check_tensor(op, "conv_weight", conv_weight)
     check_tensor(op, "linear_weight", linear_weight, conv_weight)
     settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
-    geometry = make_geometry(op, conv_weight.shape, input_size, *settings)
+    geometry = make_geometry(op, tuple(conv_weight.shape), input_size, *settings)
     if linear_weight.dim() != 2 or linear_weight.shape[1] != geometry.rows:
         raise ValueError(
             f"{op}: `linear_weight` must have shape (F, {geometry.rows}), as the convolution's "
@@ -332,7 +328,7 @@ def fuse_linear_conv(
     check_tensor(op, "conv_weight", conv_weight)
     check_tensor(op, "linear_weight", linear_weight, conv_weight)
     settings = (stride, padding, dilation, groups, transposed, output_padding, padding_mode)
-    geometry = make_geometry(op, conv_weight.shape, input_size, *settings)
+    geometry = make_geometry(op, tuple(conv_weight.shape), input_size, *settings)
     if linear_weight.dim() != 2 or linear_weight.shape[0] != geometry.cols:
         raise ValueError(
             f"{op}: `linear_weight` must have shape ({geometry.cols}, D), as the convolution's "
@@ -502,7 +498,7 @@ def fuse_conv_conv(
     op = "fuse_conv_conv"
     check_pair(op, first_weight, second_weight)
     merge = _merge(
-        op, first_weight.shape, second_weight.shape,
+        op, tuple(first_weight.shape), tuple(second_weight.shape),
         first_bias is not None, second_bias is not None,
         first_stride, first_padding, first_dilation, first_groups,
         first_transposed, first_output_padding, first_padding_mode,

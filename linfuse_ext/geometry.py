@@ -7,6 +7,7 @@ ints and torch.SymInt alike. tests/test_geometry.py holds the two together.
 from __future__ import annotations
 
 import functools
+import marshal
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -27,45 +28,53 @@ _Checks = TypeVar("_Checks", bound=Callable[..., Any])
 def remembered(checks: _Checks) -> _Checks:
     """Remembers what checks of plain numbers and strings returned: they outlast a small op.
 
-    Errors are not remembered: they are raised each time.
+    Errors are not remembered: they are raised each time. Shapes are best given as tuples.
     """
-    remember = functools.lru_cache(maxsize=256, typed=True)(checks)
+    memory: dict[bytes, Any] = {}
 
     @functools.wraps(checks)
     def check(*arguments: Any, **named: Any) -> Any:
         # What torch.compile traces has symbols in it, and ints that stand for symbols.
         if torch.compiler.is_compiling():
             return checks(*arguments, **named)
-        if list in map(type, arguments):
-            spelled = tuple(tuple(a) if type(a) is list else a for a in arguments)
-            try:
-                return check(*spelled, **named)
-            except (TypeError, ValueError):
-                return checks(*arguments, **named)  # whose message shows what was given
-        plain = _are_plain(arguments) and (not named or _are_plain(named.values()))
-        return (remember if plain else checks)(*arguments, **named)
+        try:
+            spelled = marshal.dumps((arguments, named), _BY_VALUE)
+        except ValueError:  # something else than numbers and strings: a torch.Size, a SymInt
+            if torch.Size in map(type, arguments):
+                sizes = (tuple(a) if type(a) is torch.Size else a for a in arguments)
+                return check(*sizes, **named)
+            return checks(*arguments, **named)
+        found = memory.get(spelled)
+        if found is None:
+            found = checks(*arguments, **named)
+            if _are_plain(arguments) and _are_plain(named.values()):
+                if len(memory) >= _MOST_REMEMBERED:
+                    memory.clear()
+                memory[spelled] = found
+        return found
 
     return cast(_Checks, check)
 
 
-_PLAIN = frozenset((int, str, bool))
+# Equal arguments may be of other types, as 1, 1.0 and True are. marshal spells a value and all that
+# it holds by type and content, faster than Python could compare them; in this version of its
+# format regardless of who else holds them.
+_BY_VALUE = 2
+_MOST_REMEMBERED = 256
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
-    """Whether arguments that are equal, and of equal types, are the same to every check.
+    """Whether the spelling of arguments is theirs alone.
 
-    As 1, 1.0 and True are equal, a tuple of ints may equal one that must be refused; lists change,
-    and a SymInt belongs to one trace. Most calls have none of these.
+    Whatever shows its memory, an array or a scalar of NumPy, is spelled as the bytes in it.
     """
     for argument in arguments:
         kind = type(argument)
-        if kind in _PLAIN:
-            continue
-        if kind is not tuple and kind is not torch.Size:
-            return False
-        for item in argument:
-            if type(item) is not int:
+        if kind in (tuple, list):
+            if not all(type(item) is int for item in argument):
                 return False
+        elif kind not in (int, str, bool):
+            return False
     return True
 
 

@@ -202,6 +202,17 @@ torch.library.register_vmap("linfuse::conv_to_csr_backward", _one_by_one(_OPS.co
 # What functional makes of it ----------------------------------------------------------------------
 
 
+def check_layout(op: str, layout: torch.layout) -> None:
+    """Accepts the layouts that a matrix can have."""
+    if not isinstance(layout, torch.layout):
+        raise TypeError(f"{op}: `layout` must be a torch.layout, got {layout!r}")
+    if layout not in (torch.strided, torch.sparse_csr, torch.sparse_coo):
+        raise ValueError(
+            f"{op}: `layout` must be torch.strided, torch.sparse_csr or torch.sparse_coo, "
+            f"got {layout}"
+        )
+
+
 def check_index_dtype(
     op: str,
     index_dtype: torch.dtype,

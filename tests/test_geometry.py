@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from cases import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,6 +203,17 @@ def test_what_is_remembered_hides_no_error() -> None:
                 make_geometry("case", (4, 2, 3, 3), (6, 7), **{name: bad})
     with pytest.raises(TypeError, match="`input_size` must be an int"):
         make_geometry("case", (4, 2, 3, 3), (6.0, 7), (1, 1), 1, (1, 1), 1, False)
+    # What shows its memory is spelled like the bytes in it.
+    number = np.int64(1)
+    assert make_geometry("case", (4, 2, 3, 3), torch.Size([6, 7]), number, number, number) == good
+    for same in (number.tobytes(), number.view(np.float64)):
+        with pytest.raises(TypeError, match="`stride` must be an int"):
+            make_geometry("case", (4, 2, 3, 3), (6, 7), same, number, number)
+    # A list may have changed since.
+    sizes = [6, 7]
+    make_geometry("case", (4, 2, 3, 3), sizes)
+    sizes[0] = 9
+    assert make_geometry("case", (4, 2, 3, 3), sizes).input_size == (9, 7)
     for bad in (0, [], None):
         with pytest.raises(TypeError, match="`transposed` must be a bool"):
             make_geometry("case", (4, 2, 3, 3), (6, 7), (1, 1), 1, (1, 1), 1, bad)
