@@ -22,7 +22,7 @@ from bench import ops, peers
 from bench.layers import DTYPES, Layer
 from linfuse_ext import _C
 
-WAYS = ("input", "tiles", "output", "columns", "position")
+WAYS = ("input", "tiles", "output", "columns", "position", "position_tiles")
 CHOICE = "cheapest"
 _ROUNDS = 5
 _SAMPLE = 1e-3  # seconds

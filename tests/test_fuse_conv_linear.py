@@ -243,7 +243,23 @@ if HAS_TILES:
     CUTS_OF_WAY["tiles"] = {
         cut: how for cut, how in CUTS_OF_WAY["input"].items() if how[3].get("groups") != how[1][0]
     }
-    CUTS += [("tiles", cut, dtype) for cut in CUTS_OF_WAY["tiles"] for dtype in HALVES]
+    CUTS_OF_WAY["position_tiles"] = {
+        cut: how
+        for cut, how in CUTS_OF_WAY["position"].items()
+        if how[1][0] > how[3].get("groups", 1)
+    } | {
+        "blocks, parts, and planes of zeros": (2, (67, 75, 3, 3), (9, 11), {"padding": 1}),
+        "blocks and parts, strides": (1, (130, 40, 3, 2), (21, 17), {"stride": (3, 2)}),
+        "blocks and parts, groups, transposed": (
+            3, (80, 33, 3, 3), (7, 40), {"groups": 2, "transposed": True, "stride": 2},
+        ),
+    }  # fmt: skip
+    CUTS += [
+        (way, cut, dtype)
+        for way in ("tiles", "position_tiles")
+        for cut in CUTS_OF_WAY[way]
+        for dtype in HALVES
+    ]
 
 
 @contextlib.contextmanager
@@ -312,7 +328,7 @@ def test_every_way_of_every_case(case: Case, features: int) -> None:
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be cheapest, .* or position, got 'sideways'"):
+    with pytest.raises(ValueError, match=r"must be cheapest, .* or position_tiles, got 'sideways'"):
         _C.set_way("sideways")
 
 
@@ -395,6 +411,7 @@ def test_what_is_not_finite_stays_where_it_belongs(dtype: torch.dtype, value: fl
     """Nothing is multiplied with the zeros that fill up vectors and tiles, or with padding."""
     case = Case("poisoned", "", (5, 18, 3, 2), (4, 35), padding=(1, 0), stride=(1, 2))
     clean = [None if t is None else t.abs() + 0.5 for t in operands(case, dtype, features=19)]
+    gone = set()
     for which in (0, 2):
         for place in range(0, clean[which].numel(), clean[which].numel() // 7):
             tensors = [None if t is None else t.clone() for t in clean]
@@ -402,13 +419,21 @@ def test_what_is_not_finite_stays_where_it_belongs(dtype: torch.dtype, value: fl
             marked = [torch.ones_like(t, dtype=torch.float64) for t in clean]
             marked[which].zero_().view(-1)[place] = 1
             reached, _ = reference.fuse_conv_linear(*marked, *case.arguments(), **case.keywords())
-            weight, bias = call(case, *tensors)
-            assert torch.equal(weight.isfinite(), reached == 0)
-            # All are positive: infinity must not become NaN on its way.
-            spoiled = weight[reached != 0]
-            assert (spoiled.isnan() if value != torch.inf else spoiled == value).all()
             rows = torch.arange(19) == (place // clean[2].shape[1] if which == 2 else -1)
-            assert torch.equal(bias.isfinite(), ~rows)
+            for way in ("cheapest", *CUTS_OF_WAY):
+                with going_by(way):
+                    try:
+                        weight, bias = call(case, *tensors)
+                    except ValueError:  # not every way takes every weight, or dtype
+                        continue
+                gone.add(way)
+                assert torch.equal(weight.isfinite(), reached == 0)
+                # All are positive: infinity must not become NaN on its way.
+                spoiled = weight[reached != 0]
+                assert (spoiled.isnan() if value != torch.inf else spoiled == value).all()
+                assert torch.equal(bias.isfinite(), ~rows)
+    assert gone >= {"cheapest", "input", "position"}
+    assert dtype not in HALVES or not HAS_TILES or gone >= {"tiles", "position_tiles"}
 
 
 @pytest.mark.parametrize("features", [1, 3, 20])

@@ -34,6 +34,8 @@ TESTS = {
     "amx": [
         "test_fuse_conv_linear.py::test_every_simd_level_equals_the_reference[amx]",
         "test_fuse_linear_conv.py::test_every_simd_level_equals_the_reference[amx]",
+        "test_fuse_conv_linear.py::test_every_cut_of_the_work[position_tiles-plain-torch.bfloat16]",
+        "test_fuse_conv_linear.py::test_every_cut_of_the_work[position_tiles-groups-torch.float16]",
         "faults/test_not_finite.py::test_subnormals",
     ],
 }

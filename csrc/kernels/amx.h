@@ -91,8 +91,9 @@ struct AmxTask {
   int64_t parts;    // of a position: lines / depth
   int64_t factors;  // of a weight
   int64_t depth;
-  int64_t rows;   // c_in of a tile
-  int64_t width;  // f of a line of the panel, and of the result
+  int64_t rows;         // c_in of a tile
+  int64_t linear_line;  // from one line to the next
+  int64_t width;        // from one c_in of the result to the next
 };
 
 template <typename T>
@@ -116,9 +117,11 @@ struct AmxPackTask {
   const T* scale;
 };
 
-// The last two are for TurnSet.
+// Two of them are for TurnSet.
 template <typename T>
 struct AmxTurns {
+  // The pairs of a line's neighbouring positions, which lie side by side; `channels` exist.
+  void (*pair)(const T* from, int64_t channel_stride, int64_t channels, int64_t count, Pair* to);
   void (*pack)(const AmxPackTask<T>& task);
   void (*unpack)(const UnpackTask<T>& task);
   void (*unpack_lines)(const UnpackTask<T>& task);

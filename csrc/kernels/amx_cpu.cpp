@@ -40,7 +40,7 @@ void stop() { _tile_release(); }
 // Sums are registers 2 m + n, weights 4 + m, the Linear 6 + n. The numbers must be literals.
 template <int kC, int kF>
 void multiply(const AmxTask& task, float* tile) {
-  const int64_t width_bytes = task.width * int64_t{sizeof(Pair)};
+  const int64_t line_bytes = task.linear_line * int64_t{sizeof(Pair)};
   const int64_t depth_bytes = task.depth * int64_t{sizeof(Pair)};
   const int64_t weight_tile = task.rows * task.depth;
   const auto clear = []() {
@@ -80,8 +80,8 @@ void multiply(const AmxTask& task, float* tile) {
     const Pair* linear = task.linear + task.linear_start[t];
     const Pair* weight = task.weight + task.kernel[t] * task.weight_step;
     for (int64_t part = 0; part < task.parts; ++part) {
-      _tile_loadd(6, linear, width_bytes);
-      if constexpr (kF > 1) _tile_loadd(7, linear + kLanes, width_bytes);
+      _tile_loadd(6, linear, line_bytes);
+      if constexpr (kF > 1) _tile_loadd(7, linear + kLanes, line_bytes);
       for (int64_t factor = 0; factor < task.factors; ++factor) {
         _tile_loadd(4, weight, depth_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -99,7 +99,7 @@ void multiply(const AmxTask& task, float* tile) {
           room = kFlushAfter;
         }
       }
-      linear += task.depth * task.width;
+      linear += task.depth * task.linear_line;
     }
   }
   flush();
@@ -265,6 +265,25 @@ void pack_lines(const AmxPackTask<T>& task, const Source<T>& source, Pair* to,
 }
 
 template <typename T>
+void pair_positions(const T* from, int64_t channel_stride, int64_t channels, int64_t count,
+                    Pair* to) {
+  Source<T> source = {};
+  source.channel_stride = channel_stride;
+  source.channels = channels;
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const auto some = static_cast<__mmask16>(first_of(count - n < kLanes ? count - n : kLanes));
+    const __m512i pairs = pairs_of(source, from + n, some);
+    if (count - n >= kLanes) {
+      _mm512_storeu_si512(to + n, pairs);
+      continue;
+    }
+    alignas(64) Pair last[kLanes];
+    _mm512_storeu_si512(last, pairs);
+    std::memcpy(to + n, last, static_cast<size_t>(count - n) * sizeof(Pair));
+  }
+}
+
+template <typename T>
 void pack_pairs(const AmxPackTask<T>& task) {
   constexpr int kChannels = AmxPairs<T>::kChannels;
   T copy[kLanes][kChannels][kPositions<T>];
@@ -377,8 +396,9 @@ void round_lines(const UnpackTask<T>& task) {
 }
 
 constexpr AmxKernels kKernels = {
-    {&pack_pairs<BFloat16>, &unpack_pairs<BFloat16>, &round_lines<BFloat16>},
-    {&pack_pairs<Float16>, &unpack_pairs<Float16>, &round_lines<Float16>},
+    {&pair_positions<BFloat16>, &pack_pairs<BFloat16>, &unpack_pairs<BFloat16>,
+     &round_lines<BFloat16>},
+    {&pair_positions<Float16>, &pack_pairs<Float16>, &unpack_pairs<Float16>, &round_lines<Float16>},
     &start,
     &stop,
     {{}, {nullptr, &multiply<1, 1>, &multiply<1, 2>}, {nullptr, &multiply<2, 1>, &multiply<2, 2>}}};

@@ -35,7 +35,7 @@ struct ImageStrides {
 };
 
 // How the product is made on a CPU: by the way that costs least, or by one of them.
-enum class Way : int { kCheapest, kInput, kTiles, kOutput, kColumns, kPosition };
+enum class Way : int { kCheapest, kInput, kTiles, kOutput, kColumns, kPosition, kPositionTiles };
 
 struct FuseConvLinearParams {
   Geometry geometry;

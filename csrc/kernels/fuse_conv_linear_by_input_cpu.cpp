@@ -233,9 +233,7 @@ class ByInput {
     for_each(work_.parallel_for, (batch.last - batch.first) * tasks, cost, [&](int64_t n) {
       const int64_t block = batch.first + n / tasks;
       const int64_t task = n % tasks;
-      const int64_t channels = g_.out_channels_per_group();
-      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group),
-                          {task * channels / tasks, (task + 1) * channels / tasks},
+      engine_.pack_weight(first_c_out(block / plan_.blocks_per_group), task,
                           plan_.block_start(block), plan_.block_size(block),
                           weight_of(block, batch));
     });

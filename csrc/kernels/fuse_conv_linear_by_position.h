@@ -14,4 +14,10 @@ bool takes_by_position(const FuseConvLinearParams& params);
 void fuse_conv_linear_by_position(const FuseConvLinearParams& params,
                                   const ParallelFor& parallel_for, const Allocate& allocate);
 
+// The same by the machine's matrix tiles, for half types where it has them.
+double cost_by_position_tiles(const FuseConvLinearParams& params);
+
+void fuse_conv_linear_by_position_tiles(const FuseConvLinearParams& params,
+                                        const ParallelFor& parallel_for, const Allocate& allocate);
+
 }  // namespace linfuse

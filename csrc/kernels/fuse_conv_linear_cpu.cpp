@@ -1,4 +1,6 @@
-// Which of the six ways a layer goes: on a subgrid where it has one, else the cheapest.
+// Which of the seven ways a layer goes: on a subgrid where it has one, else the cheapest.
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "fuse_conv_linear.h"
@@ -28,6 +30,8 @@ constexpr Candidate kCandidates[] = {
     {Way::kOutput, cost_by_output, takes_all, fuse_conv_linear_by_output},
     {Way::kColumns, cost_by_columns, takes_all, fuse_conv_linear_by_columns},
     {Way::kPosition, cost_by_position, takes_by_position, fuse_conv_linear_by_position},
+    {Way::kPositionTiles, cost_by_position_tiles, takes_by_position,
+     fuse_conv_linear_by_position_tiles},
 };
 
 }  // namespace
@@ -39,20 +43,21 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
     fuse_conv_linear_by_subgrid(params, parallel_for, allocate);
     return;
   }
-  const Candidate* best = nullptr;
-  double least = kNever;
-  for (const Candidate& one : kCandidates) {
-    if (params.way != Way::kCheapest && params.way != one.way) continue;
-    const double cost = one.cost(params);
-    if (cost < least && one.takes(params)) {
-      best = &one;
-      least = cost;
+  double cost[std::size(kCandidates)];
+  std::transform(std::begin(kCandidates), std::end(kCandidates), cost, [&](const Candidate& one) {
+    return params.way == Way::kCheapest || params.way == one.way ? one.cost(params) : kNever;
+  });
+  for (;;) {
+    double* const least = std::min_element(std::begin(cost), std::end(cost));
+    if (*least == kNever) break;
+    const Candidate& best = kCandidates[least - cost];
+    if (best.takes(params)) {
+      best.run(params, parallel_for, allocate);
+      return;
     }
+    *least = kNever;
   }
-  if (best == nullptr) {
-    throw std::invalid_argument("fuse_conv_linear: this layer cannot go the way that was set");
-  }
-  best->run(params, parallel_for, allocate);
+  throw std::invalid_argument("fuse_conv_linear: this layer cannot go the way that was set");
 }
 
 }  // namespace linfuse

@@ -91,6 +91,13 @@ inline int64_t tasks_of_weight(const Geometry& g) {
   return divide_up(g.out_channels_per_group(), kLeastChannels);
 }
 
+// The output channels of a group that a task packs.
+inline Range channels_of_task(const Geometry& g, int64_t task) {
+  const int64_t tasks = tasks_of_weight(g);
+  const int64_t channels = g.out_channels_per_group();
+  return {task * channels / tasks, (task + 1) * channels / tasks};
+}
+
 // The weights of each group as [block][c_out][(k, c_in) of the block].
 template <typename T>
 void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
@@ -110,7 +117,7 @@ void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
   for_each(work.parallel_for, g.groups * tasks, taps * out_channels / tasks, [&](int64_t item) {
     const int64_t group = item / tasks;
     const int64_t task = item % tasks;
-    const Range channels = {task * out_channels / tasks, (task + 1) * out_channels / tasks};
+    const Range channels = channels_of_task(g, task);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range some = taps_of_block(taps, blocks, block);
       const int64_t size = some.last - some.first;
@@ -164,10 +171,11 @@ class Vectors {
   // Tasks that packing a block's weights may be cut into.
   int64_t weight_tasks() const { return tasks_of_weight(work_.g); }
 
-  // The weights of some output channels of a group, for `channels` input channels from c_in on.
-  void pack_weight(int64_t c_out, Range some, int64_t c_in, int64_t channels,
+  // A task's share of the weights of a group whose first output channel is `c_out`, for `channels`
+  // input channels from c_in on.
+  void pack_weight(int64_t c_out, int64_t task, int64_t c_in, int64_t channels,
                    Element* packed) const {
-    pack_channels(work_, c_out, some, c_in, channels, channels, packed);
+    pack_channels(work_, c_out, channels_of_task(work_.g, task), c_in, channels, channels, packed);
   }
 
   // All of a task but the operands.
@@ -267,9 +275,9 @@ class ChannelVectors {
 
   int64_t weight_tasks() const { return tasks_of_weight(work_.g); }
 
-  void pack_weight(int64_t c_out, Range some, int64_t c_in, int64_t channels,
+  void pack_weight(int64_t c_out, int64_t task, int64_t c_in, int64_t channels,
                    Element* packed) const {
-    pack_channels(work_, c_out, some, c_in, channels, columns_, packed);
+    pack_channels(work_, c_out, channels_of_task(work_.g, task), c_in, channels, columns_, packed);
   }
 
   Task task(const Rows& rows, int64_t) const {
@@ -326,12 +334,61 @@ struct TileCut {
 
   int64_t lines() const { return parts * depth; }
   int64_t columns() const { return tiles * rows; }
+  // Factors of a block at one k.
+  int64_t weights() const { return lines() * AmxPairs<T>::kFactors * columns(); }
 
  private:
   int64_t most_in_block(const Geometry& g) const {
     return divide_up(g.in_channels_per_group(), blocks);
   }
 };
+
+// The tile registers of a thread, as an engine wants them, while this lives.
+class AmxSession {
+ public:
+  template <typename Engine>
+  explicit AmxSession(const Engine& engine) {
+    amx_kernels()->start(engine.registers());
+  }
+  ~AmxSession() { amx_kernels()->stop(); }
+  AmxSession(const AmxSession&) = delete;
+  AmxSession& operator=(const AmxSession&) = delete;
+};
+
+// The weights of a part of the group that begins at c_out, for `channels` input channels from c_in
+// on, as [k][part][factor][tile][c_in of the tile][depth]; what no channel has is zero.
+template <typename T>
+void pack_pairs(const Work<T>& work, const TileCut<T>& cut, int64_t c_out, int64_t part,
+                int64_t c_in, int64_t channels, Pair* packed) {
+  constexpr int64_t kChannels = AmxPairs<T>::kChannels;
+  constexpr int64_t kFactors = AmxPairs<T>::kFactors;
+  const Geometry& g = work.g;
+  const T* weight = static_cast<const T*>(work.params.conv_weight);
+  const int64_t step_out = g.weight_step_out();
+  const int64_t first = part * cut.depth;
+  const int64_t some = std::min(cut.depth, cut.pairs - first);
+  const int64_t last = (first + some) * kChannels - 1;
+  const bool lacks_one = last >= g.out_channels_per_group();
+  const int64_t factor_size = cut.columns() * cut.depth;
+  for (int64_t k = 0; k < g.kernel_positions(); ++k) {
+    Pair* const to = packed + k * cut.weights() + part * kFactors * factor_size;
+    std::fill(to, to + kFactors * factor_size, Pair{});
+    for (int64_t n = 0; n < channels; ++n) {
+      const T* from = weight + g.weight_index(c_out + first * kChannels, c_in + n) + k;
+      Pair* line = to + n * cut.depth;
+      for (int64_t d = 0; d < some; ++d, from += kChannels * step_out) {
+        if constexpr (kFactors == 1) {
+          const bool is_alone = lacks_one && d == some - 1;
+          line[d] = {{*from, is_alone ? T{} : from[step_out]}};
+        } else {
+          const Pair parts = split(*from);
+          line[d] = {{parts.half[0], parts.half[0]}};
+          line[d + factor_size] = {{parts.half[1], parts.half[1]}};
+        }
+      }
+    }
+  }
+}
 
 template <typename T>
 class MatrixTiles {
@@ -342,21 +399,12 @@ class MatrixTiles {
   using Element = Pair;
   using Task = AmxTask;
 
-  class Session {
-   public:
-    explicit Session(const MatrixTiles& engine) : kernels_(engine.kernels_) {
-      kernels_.start(engine.registers_);
-    }
-    ~Session() { kernels_.stop(); }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-
-   private:
-    const AmxKernels& kernels_;
-  };
+  using Session = AmxSession;
 
   explicit MatrixTiles(const Work<T>& work)
       : work_(work), kernels_(*amx_kernels()), cut_(work.g), registers_(cut_.rows, cut_.depth) {}
+
+  const AmxShapes& registers() const { return registers_; }
 
   EngineShape shape() const {
     EngineShape shape = {};
@@ -365,7 +413,7 @@ class MatrixTiles {
     shape.lines = cut_.lines();
     shape.blocks = cut_.blocks;
     shape.columns = cut_.columns();
-    shape.weights = shape.lines * kFactors * shape.columns;
+    shape.weights = cut_.weights();
     shape.most_vectors = kMostVectors;
     shape.kernel_step = 1;
     return shape;
@@ -395,44 +443,21 @@ class MatrixTiles {
     kernels_.AmxTurns<T>::pack(task);
   }
 
-  int64_t weight_tasks() const { return 1; }
+  int64_t weight_tasks() const { return cut_.parts; }
 
-  // As [k][part][factor][tile][c_in of the tile][depth]; what no channel has is zero.
-  void pack_weight(int64_t c_out, Range, int64_t c_in, int64_t channels, Element* packed) const {
-    const Geometry& g = work_.g;
-    const T* weight = static_cast<const T*>(work_.params.conv_weight);
-    const int64_t positions = g.kernel_positions();
-    const int64_t factor_size = cut_.columns() * cut_.depth;
-    const int64_t step = cut_.parts * kFactors * factor_size;
-    std::memset(static_cast<void*>(packed), 0,
-                static_cast<size_t>(positions * step) * sizeof(Pair));
-    for (int64_t c = 0; c < g.out_channels_per_group(); ++c) {
-      const int64_t line = c / kChannels;
-      Pair* column = packed + line / cut_.depth * kFactors * factor_size + line % cut_.depth;
-      for (int64_t n = 0; n < channels; ++n) {
-        const T* kernel = weight + g.weight_index(c_out + c, c_in + n);
-        for (int64_t k = 0; k < positions; ++k) {
-          Pair* to = column + k * step + n * cut_.depth;
-          if constexpr (kFactors == 1) {
-            to->half[c % kChannels] = kernel[k];
-          } else {
-            const Pair parts = split(kernel[k]);
-            to[0] = {parts.half[0], parts.half[0]};
-            to[factor_size] = {parts.half[1], parts.half[1]};
-          }
-        }
-      }
-    }
+  void pack_weight(int64_t c_out, int64_t task, int64_t c_in, int64_t channels,
+                   Element* packed) const {
+    pack_pairs(work_, cut_, c_out, task, c_in, channels, packed);
   }
 
   Task task(const Rows& rows, int64_t) const {
     Task task = {};
-    task.weight_step = cut_.parts * kFactors * cut_.columns() * cut_.depth;
+    task.weight_step = cut_.weights();
     task.parts = cut_.parts;
     task.factors = kFactors;
     task.depth = cut_.depth;
     task.rows = cut_.rows;
-    task.width = rows.width;
+    task.linear_line = task.width = rows.width;
     return task;
   }
 

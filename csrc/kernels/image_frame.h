@@ -1,8 +1,8 @@
 // The Linear's rows as framed images: the words and plans of fuse_conv_linear_by_position_cpu.cpp.
 //
 //   slab     a range of input positions on one axis (slab.h), if all are too many for an image
-//   image    the output positions of one row and group that a slab reads, [c_out][place], with
-//            zeros around them
+//   image    the output positions of one row and group that a slab reads, [plane][place], with
+//            zeros around them; a plane is of one output channel, or of a pair (amx.h)
 //   place    where a position lies in the image
 //   phase    the input positions that have the same remainder by the stride, on every axis: they
 //            have the same taps, each of which reads neighbouring places for neighbours of a phase
@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "slab.h"
-#include "tile.h"
 
 namespace linfuse {
 
@@ -275,26 +274,34 @@ inline PositionSlab make_position_slab(const Geometry& g, const Slabs& slabs, in
   return slab;
 }
 
+// What the plan must know of an engine (fuse_conv_linear_images.h).
+struct ImageShape {
+  int64_t element_bytes;
+  int64_t lanes;         // of a vector of places
+  int64_t most_vectors;  // of a segment
+  int64_t planes;        // of an image
+  int64_t blocks;        // of a group's input channels
+  int64_t columns;       // of a block: its input channels, or more
+  int64_t weights;       // elements of the weights of a block
+};
+
 struct ImagePlan {
   static constexpr int64_t kMostBytes = int64_t{16} << 20;
 
   int64_t vectors;  // of a tile
   Slabs slabs;
-  int64_t pitch;  // from one channel of an image to the next
+  int64_t pitch;  // from one plane of an image to the next
   int64_t size;   // elements of an image
   bool fits;      // what an image may be; else its size means nothing
 };
 
 // Slabs as large as images may be; of one position where none is small enough.
-template <typename A>
-ImagePlan make_image_plan(const Geometry& g, const TileSet<A>& tiles) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
-  // As many vectors as columns leave registers for, and no more than are filled.
-  const int64_t blocks = divide_up(g.in_channels_per_group(), tiles.most_channels);
-  const int64_t most_vectors = tiles.most_vectors(divide_up(g.in_channels_per_group(), blocks));
+inline ImagePlan make_image_plan(const Geometry& g, const ImageShape& shape) {
+  const int64_t cache_line = 64 / shape.element_bytes;
   ImagePlan plan = {};
-  plan.vectors = std::min(most_vectors, divide_up(g.in_positions(), tiles.lanes));
-  const int64_t width = plan.vectors * tiles.lanes;
+  // No more vectors than are filled.
+  plan.vectors = std::min(shape.most_vectors, divide_up(g.in_positions(), shape.lanes));
+  const int64_t width = plan.vectors * shape.lanes;
   plan.slabs = one_slab(g);
   if (plan.slabs.outer > 1) {
     // What a slab reads shall be one piece.
@@ -305,16 +312,16 @@ ImagePlan make_image_plan(const Geometry& g, const TileSet<A>& tiles) {
     slabs.count = divide_up(g.axis[slabs.axis].in, slabs.length);
     int64_t places = 0;
     for (int64_t number = 0; number < slabs.count; ++number) {
-      const Frame frame(make_position_slab(g, slabs, number).geometry, tiles.lanes, plan.vectors);
+      const Frame frame(make_position_slab(g, slabs, number).geometry, shape.lanes, plan.vectors);
       places = std::max(places, frame.places());
     }
-    // No power of two from channel to channel. Behind the last one, what its taps read beyond it.
-    plan.pitch = divide_up(places, kLine) * kLine;
-    if (plan.pitch % (16 * kLine) == 0) plan.pitch += kLine;
-    const int64_t channels = g.out_channels_per_group() + 1;
-    const int64_t most = ImagePlan::kMostBytes / static_cast<int64_t>(sizeof(A));
-    plan.fits = channels <= most && plan.pitch <= most / channels;
-    plan.size = plan.fits ? channels * plan.pitch + divide_up(width, kLine) * kLine : 0;
+    // No power of two from plane to plane. Behind the last one, what its taps read beyond it.
+    plan.pitch = divide_up(places, cache_line) * cache_line;
+    if (plan.pitch % (16 * cache_line) == 0) plan.pitch += cache_line;
+    const int64_t planes = shape.planes + 1;
+    const int64_t most = ImagePlan::kMostBytes / shape.element_bytes;
+    plan.fits = planes <= most && plan.pitch <= most / planes;
+    plan.size = plan.fits ? planes * plan.pitch + divide_up(width, cache_line) * cache_line : 0;
     plan.fits = plan.fits && plan.size <= most;
     if (plan.fits || slabs.length == 1) return plan;
   }

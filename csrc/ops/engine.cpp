@@ -9,7 +9,8 @@ namespace {
 
 // In the order of their enumerations.
 constexpr const char* kEngines[] = {"auto", "own", "torch"};
-constexpr const char* kWays[] = {"cheapest", "input", "tiles", "output", "columns", "position"};
+constexpr const char* kWays[] = {"cheapest", "input",    "tiles",         "output",
+                                 "columns",  "position", "position_tiles"};
 
 template <typename Choice, size_t kCount>
 Choice choice_from(const std::string& what, const char* const (&names)[kCount],
