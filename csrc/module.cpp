@@ -123,8 +123,9 @@ PYBIND11_MODULE(_C, m) {
         "Lets fuse_conv_linear go by our kernels (\"own\"), by torch's convolution (\"torch\") or "
         "by the package's choice (\"auto\") from now on; returns what held before.");
   m.def("set_way", &linfuse::set_way, py::arg("name"),
-        "Lets fuse_conv_linear on a CPU go by the way that costs least (\"cheapest\") or by one of "
-        "them (\"input\", \"tiles\", \"output\", \"columns\", \"position\") from now on, for "
+        "Lets a fused product on a CPU go by the way that costs least (\"cheapest\") or by one of "
+        "them (\"input\", \"tiles\", \"output\", \"columns\", \"position\", "
+        "\"position_tiles\") from now on, for "
         "tests; returns what held before. A layer that cannot go that way is a ValueError.");
 
 #if defined(LINFUSE_COVERAGE)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, CASES, FEW, Case
+from test_fuse_conv_linear import CUTS_OF_WAY, going_by
 from tolerance import DTYPES, assert_close
 from torch import nn
 
@@ -52,6 +53,24 @@ def assert_equals_the_reference(case: Case, tensors, weight, bias) -> None:
     terms = case.geometry().in_channels * wide[2][0, 0].numel() + 1
     assert_close(weight, values[0], magnitudes[0], terms)
     assert_close(bias, values[1], magnitudes[1], terms)
+
+
+@pytest.mark.parametrize("inputs", [3, 40])
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_every_way_of_every_case(case: Case, inputs: int) -> None:
+    """Images whose positions are not neighbours in memory, by all ways of a fused product."""
+    gone = set()
+    for dtype in DTYPES:
+        tensors = operands(case, dtype, inputs=inputs)
+        for way in ("cheapest", *CUTS_OF_WAY):
+            with going_by(way):
+                try:
+                    weight, bias = call(case, *tensors)
+                except ValueError:  # not every way takes every layer, or dtype
+                    continue
+            gone.add(way)
+            assert_equals_the_reference(case, tensors, weight, bias)
+    assert gone >= {"cheapest", "input"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -77,6 +77,7 @@ struct TileWeights {
   double position;  // likewise
   double packed;    // a line of a vector
   double unpacked;  // a vector of rows
+  double moved;     // a line, or a vector, of rows that are innermost in memory already
   double repacked;  // a factor of a weight
   double launch;
 };
@@ -85,6 +86,7 @@ constexpr TileWeights kTileWeights = {.load = 4.2,
                                       .position = 25,
                                       .packed = 85,
                                       .unpacked = 39,
+                                      .moved = 30,
                                       .repacked = 20,
                                       .launch = 57e4};
 
@@ -430,7 +432,7 @@ double cost(const FuseConvLinearParams& params) {
     return fixed + products +
            each * (weights.packed_channels * rows + weights.unpacked_channels * cols);
   }
-  const bool turns = params.weight_stride.position == 1;
+  const bool turns = turns_rows(params);
   const int64_t bytes = params.features * (g.rows() + g.cols()) * int64_t{sizeof(T)};
   const double far =
       bytes < kFarBytes ? 0 : weights.far * double{sizeof(T)} / double{sizeof(Accumulate<T>)};
@@ -453,14 +455,15 @@ double tiles_cost(const FuseConvLinearParams& params) {
   const double part = vectors * static_cast<double>(kFactors * cut.columns()) +
                       weights.load * vectors * static_cast<double>(cut.depth) +
                       weights.part * panels;
+  const bool turns = turns_rows(params);
   const double position = weights.position * panels;
   const double products = valid_taps(g) * static_cast<double>(cut.parts) * part +
                           static_cast<double>(g.in_positions()) * position;
   return weights.launch + blocks * products +
          weights.repacked * static_cast<double>(kFactors * weights_of(g)) +
-         vectors *
-             (weights.packed * static_cast<double>(g.groups * cut.lines() * g.out_positions()) +
-              weights.unpacked * static_cast<double>(g.cols()));
+         vectors * ((turns ? weights.packed : weights.moved) *
+                        static_cast<double>(g.groups * cut.lines() * g.out_positions()) +
+                    (turns ? weights.unpacked : weights.moved) * static_cast<double>(g.cols()));
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ struct Weights {
   double load;      // a vector that a tile reads
   double packed;    // a vector of rows
   double unpacked;  // likewise
+  double moved;     // a vector of rows that are innermost in memory already
   double tile;
   double added;     // a vector of a tile
   double listed;    // where a kernel element is added
@@ -36,6 +37,7 @@ constexpr Measured<Weights> kWeights = {
     .narrow = {.load = 0,
                .packed = 37,
                .unpacked = 28,
+               .moved = 10,
                .tile = 95,
                .added = 8,
                .listed = 32,
@@ -44,6 +46,7 @@ constexpr Measured<Weights> kWeights = {
     .wide = {.load = 4.4,
              .packed = 46,
              .unpacked = 44,
+             .moved = 20,
              .tile = 100,
              .added = 4.4,
              .listed = 4.3,
@@ -273,6 +276,7 @@ double cost(const FuseConvLinearParams& params) {
   const auto taps = static_cast<double>(plan.taps) * vectors;
   const auto chunks = static_cast<double>(divide_up(plan.out_channels, plan.chunk_channels));
   const Weights& weights = kWeights.now();
+  const bool turns = turns_rows(params);
   const double product = tiling.product_with(weights.load);
   const double position =
       taps * (static_cast<double>(plan.out_channels) * product + weights.added * chunks) +
@@ -280,8 +284,8 @@ double cost(const FuseConvLinearParams& params) {
                 weights.listed * static_cast<double>(g.kernel_positions()));
   return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) +
          static_cast<double>(g.out_positions() * g.groups) * position +
-         vectors * (weights.packed * static_cast<double>(g.rows()) +
-                    weights.unpacked * static_cast<double>(g.cols()));
+         vectors * ((turns ? weights.packed : weights.moved) * static_cast<double>(g.rows()) +
+                    (turns ? weights.unpacked : weights.moved) * static_cast<double>(g.cols()));
 }
 
 }  // namespace

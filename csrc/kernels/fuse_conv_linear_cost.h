@@ -27,6 +27,12 @@ struct Measured {
   const Weights& now() const { return simd_level() < SimdLevel::kAvx512 ? narrow : wide; }
 };
 
+// Whether rows are turned: in memory neighbours are positions, as a Linear has them, and not rows,
+// as with fuse_linear_conv.
+inline bool turns_rows(const FuseConvLinearParams& params) {
+  return params.weight_stride.position == 1;
+}
+
 // How so many vectors and columns are cut into tiles.
 struct Tiling {
   double tiles;

@@ -24,6 +24,7 @@ struct FuseLinearConvParams {
   void* weight = nullptr;               // [rows(), D]
   void* bias = nullptr;                 // [rows()]
   int threads = 1;                      // how many the scratch memory is made for
+  Way way = Way::kCheapest;             // of the product
 };
 
 void launch_fuse_linear_conv_cpu(const FuseLinearConvParams& params,

@@ -64,6 +64,7 @@ void launch_fuse_linear_conv_cpu(const FuseLinearConvParams& params,
   const Geometry& g = params.geometry;
   FuseConvLinearParams product = product_with_adjoint(params, params.features);
   product.dtype = params.dtype;
+  product.way = params.way;
   product.conv_weight = params.conv_weight;
   product.linear_weight = params.linear_weight;
   product.linear_stride = ImageStrides::of_matrix(params.linear_stride[1], params.linear_stride[0],

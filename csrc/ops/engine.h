@@ -19,7 +19,7 @@ Engine engine();
 // one.
 std::string set_engine(const std::string& name);
 
-// What set_way() said last of fuse_conv_linear.
+// What set_way() said last.
 Way way();
 
 // Returns the name of the way that was in force. Throws std::invalid_argument for an unknown one.

@@ -51,6 +51,7 @@ std::tuple<Tensor, Tensor> fuse_linear_conv(Tensor linear_weight, std::optional<
   params.weight = weight.mutable_data_ptr();
   params.bias = bias.mutable_data_ptr();
   params.threads = static_cast<int>(torch::stable::get_num_threads());
+  params.way = way();
   Scratch scratch(kOp, conv_weight);
   launch_fuse_linear_conv_cpu(params, torch_parallel_for(), std::ref(scratch));
   return {weight, bias};
