@@ -110,12 +110,17 @@ CUTS = {
     "past the caches": (150, (48, 8, 3, 3), (37, 41), {"padding": 2}),
     "past the caches, columns that fill no line": (77, (96, 8, 3, 3), (37, 41), {"stride": 2}),
     "slabs that wrap": (100, (16, 16, 5), (3000,), {"padding": 9, "padding_mode": "circular"}),
+    "long lines that wrap": (16, (16, 16, 3), (40000,), {"padding": 1, "padding_mode": "circular"}),
+    "slabs that mirror": (16, (16, 16, 3, 3), (600, 10), {"padding": 1, "padding_mode": "reflect"}),
+    "many lines that repeat": (
+        16, (16, 16, 3, 3), (2000, 9), {"padding": 1, "padding_mode": "replicate"},
+    ),
     "transposed": (60, (16, 12, 4, 3), (40, 41), {"transposed": True, "stride": 2, "padding": 1}),
     "transposed, many channels out": (40, (3, 40, 3), (200,), {"transposed": True}),
     "depthwise": (130, (64, 1, 3, 3), (30, 31), {"groups": 64, "padding": 1}),
     "one channel in": (128, (70, 1, 10), (2000,), {"stride": 5}),
     "weights in batches": (33, (700, 700, 3, 3), (3, 4), {"padding": 1}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

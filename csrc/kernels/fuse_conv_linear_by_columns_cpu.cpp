@@ -90,7 +90,7 @@ struct ColumnsPlan {
     chunk_pitch = (divide_up(pitch, kLine) | 1) * kLine;
     const int64_t channels = g.out_channels_per_group();
     chunk_channels = std::clamp(kChunkBytes / (chunk_pitch * static_cast<int64_t>(sizeof(A))),
-                                channels_of_chunk(channels, 0), channels);
+                                std::min(channels, channels_of_chunk(channels, 0)), channels);
   }
 };
 

@@ -30,6 +30,8 @@ constexpr int64_t kUnitsPerThread = 8;
 // planes, as each is a place of its own there.
 constexpr int64_t kRereadBytes = int64_t{192} << 10;
 constexpr int64_t kFewPlanes = 32;
+// Of lists of segments, beside all else.
+constexpr double kMostListBytes = 8e6;
 // A result of so much is beyond all caches.
 constexpr int64_t kFarBytes = int64_t{1} << 26;
 // What it costs beside its products (fuse_conv_linear_cost.h), whatever multiplies.
@@ -470,6 +472,14 @@ double cost_of_row(const FuseConvLinearParams& params, const Frame& frame, const
   return row;
 }
 
+// At most, what the segments of all slabs take: in a line of a phase, their runs end.
+double list_bytes(const Geometry& g, const Frame& frame, const Counts& counts) {
+  const double lines = static_cast<double>(g.in_positions() / g.axis[2].in) *
+                       static_cast<double>(frame.axis[2].step);
+  return counts.segments * double{sizeof(Segment) + sizeof(RunOfPlaces)} +
+         lines * double{sizeof(RunOfPlaces)};
+}
+
 // By an engine; `product` says what the products and segments of a row cost.
 template <typename T, typename Engine, typename Product>
 double cost(const FuseConvLinearParams& params, const RowWeights& weights, const Product& product) {
@@ -482,8 +492,10 @@ double cost(const FuseConvLinearParams& params, const RowWeights& weights, const
   const ImagePlan plan = make_image_plan(g, shape);
   if (!plan.fits) return kNever;
   const Frame frame(g, shape.lanes, plan.vectors);
+  const Counts counts = frame.counts();
+  if (list_bytes(g, frame, counts) > kMostListBytes) return kNever;
   const double row =
-      product(plan, shape, frame.counts()) + cost_of_row<T, Element>(params, frame, shape, weights);
+      product(plan, shape, counts) + cost_of_row<T, Element>(params, frame, shape, weights);
   return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) +
          row * static_cast<double>(params.features);
 }

@@ -55,25 +55,24 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   frame.step = g.transposed ? 1 : std::min(axis.stride, axis.in);
   frame.parts = g.transposed ? std::min(axis.stride, std::max<int64_t>(1, axis.out)) : 1;
   const int64_t outs = divide_up(axis.out, frame.parts);
-  int64_t high = 0;  // places read behind the last output position
   int64_t most_in = 0;
-  for (int64_t first = 0; first < std::min(frame.step, axis.in); ++first) {
-    AxisPhase phase = {first, divide_up(axis.in - first, frame.step), {}};
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      // What the first of the phase reads: an output position times the stride, or of it a part.
-      const int64_t reach = g.transposed ? k * axis.dilation - axis.pad_low
-                                         : first + axis.pad_low - k * axis.dilation;
-      const int64_t rest = reach % axis.stride + (reach % axis.stride < 0 ? axis.stride : 0);
-      const int64_t steps = (reach - rest) / axis.stride;
-      if (g.transposed ? rest >= frame.parts : rest != 0) continue;
-      if (steps + phase.count <= 0 || steps >= outs) continue;  // all of it falls off
-      frame.low = std::max(frame.low, -steps);
-      high = std::max(high, steps + phase.count - outs);
-      phase.taps.push_back({k, rest, steps});
-      frame.parts_read.push_back(rest);
-    }
-    most_in = std::max(most_in, phase.count);
-    frame.phases.push_back(std::move(phase));
+  for (int64_t first = 0; first < frame.step; ++first) {
+    frame.phases.push_back({first, divide_up(axis.in - first, frame.step), {}});
+    most_in = std::max(most_in, frame.phases.back().count);
+  }
+  int64_t high = 0;  // places read behind the last output position
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    // What input position 0 is tied to is an output position times the stride, or of it a part.
+    const int64_t reach = k * axis.dilation - axis.pad_low;
+    const int64_t rest = reach % axis.stride + (reach % axis.stride < 0 ? axis.stride : 0);
+    if (rest >= (g.transposed ? frame.parts : frame.step)) continue;
+    AxisPhase& phase = frame.phases[static_cast<size_t>(g.transposed ? 0 : rest)];
+    const int64_t steps = (g.transposed ? reach - rest : rest - reach) / axis.stride;
+    if (steps + phase.count <= 0 || steps >= outs) continue;  // all of it falls off
+    frame.low = std::max(frame.low, -steps);
+    high = std::max(high, steps + phase.count - outs);
+    phase.taps.push_back({k, g.transposed ? rest : 0, steps});
+    frame.parts_read.push_back(phase.taps.back().part);
   }
   std::vector<int64_t>& parts = frame.parts_read;
   std::sort(parts.begin(), parts.end());

@@ -78,8 +78,9 @@ inline bool reads_all_between(const Geometry& g, int a) {
   constexpr int64_t kMostDilation = 2;
   int64_t inner = 1;
   for (int b = a + 1; b < kAxes; ++b) inner *= g.axis[b].out;
-  return g.transposed && g.axis[a].dilation <= kMostDilation &&
-         g.axis[a].stride <= kTogether / inner;
+  // Where padding repeats positions, what is read is no range.
+  return g.transposed && g.padding_mode == PaddingMode::kZeros &&
+         g.axis[a].dilation <= kMostDilation && g.axis[a].stride <= kTogether / inner;
 }
 
 // At least as many lines as any range of `length` input positions reads.
