@@ -27,6 +27,8 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 # One binary serves every torch from this one on: the stable ABI of libtorch 2.11.
 TARGET_TORCH = ("2.11", "0x020b000000000000")
+# Said to the compilers: torch's own default is C++17 until 2.12.
+STANDARD = "-std=c++20"
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 GIB_PER_COMPILER = 1.5
 # What an instrumented build adds, for the compiler and the linker. AddressSanitizer is to name
@@ -134,7 +136,7 @@ def extension():
         ("LINFUSE_INSTRUMENT", f'"{instrumented}"'),
     ]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
-    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", *warnings, *added]}
+    flags = {"cxx": [STANDARD, "-O3", "-g0", "-fvisibility=hidden", *warnings, *added]}
     if cuda:
         sources += sorted(
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("kernels/*_cuda.cu")
@@ -145,7 +147,7 @@ def extension():
             ("LINFUSE_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("LINFUSE_CUDA_ARCHITECTURES", f'"{choose_architectures()}"'),
         ]
-        flags["nvcc"] = ["-O3", "-lineinfo"]
+        flags["nvcc"] = [STANDARD, "-O3", "-lineinfo"]
     make = CUDAExtension if cuda else CppExtension
     return make(
         "linfuse_ext._C",

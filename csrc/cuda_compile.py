@@ -28,7 +28,7 @@ def command(nvcc: str, source: Path, output: Path) -> list[str]:
     defines = ["LINFUSE_WITH_CUDA", "USE_CUDA", "TORCH_TARGET_VERSION=0x020b000000000000"]
     return [
         nvcc,
-        "-std=c++17",
+        "-std=c++20",
         "-O3",
         *targets,
         *(f"-D{name}" for name in defines),

@@ -18,7 +18,7 @@ CSRC = HERE.parent.parent / "csrc"
 COMPILER = "g++"
 
 # Kernels use one block of memory as different types, which is fine between barriers.
-_FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-strict-aliasing", "-DLINFUSE_WITH_CUDA"]
+_FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fno-strict-aliasing", "-DLINFUSE_WITH_CUDA"]
 _INCLUDES = [f"-I{path}" for path in (HERE / "shim", HERE, HERE / "planted", CSRC / "kernels")]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # Counts the lines of the kernels that are reached; gcov's notes lie beside the objects.

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parent / "geometry.cpp"
 HEADERS = ("geometry.h", "make_geometry.h", "axis_taps.h", "stored_taps.h")
 BUILT = CSRC.parent / "build" / "fuzz"
 _FLAGS = [
-    "-std=c++17", "-O0", "-g1", "-Wall", "-Wextra",
+    "-std=c++20", "-O0", "-g1", "-Wall", "-Wextra",
     "-fsanitize=undefined,address", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 
