@@ -135,12 +135,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "make_geometry",
-      [](const std::string& op, std::vector<int64_t> weight_size, std::vector<int64_t> input_size,
-         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-         int64_t groups, bool transposed, std::vector<int64_t> output_padding,
-         std::string padding_mode) {
-        return linfuse::make_geometry(op, {weight_size, input_size, stride, padding, dilation,
-                                           groups, transposed, output_padding, padding_mode});
+      [](const std::string& op, const std::vector<int64_t>& weight_size,
+         const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+         bool transposed, const std::vector<int64_t>& output_padding,
+         const std::string& padding_mode) {
+        return linfuse::make_geometry(
+            op.c_str(), {weight_size, input_size, stride, padding, dilation, groups, transposed,
+                         output_padding, padding_mode});
       },
       py::arg("op"), py::arg("weight_size"), py::arg("input_size"), py::arg("stride"),
       py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),

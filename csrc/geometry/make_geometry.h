@@ -7,25 +7,30 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <string_view>
 
 #include "geometry.h"
 
 namespace linfuse {
 
+// Numbers that somebody else holds: each copy would be an allocation, of which a small op feels
+// every one.
+using Numbers = std::span<const int64_t>;
+
 struct ConvArguments {
-  std::vector<int64_t> weight_size;
-  std::vector<int64_t> input_size;
-  std::vector<int64_t> stride;
-  std::vector<int64_t> padding;  // one value per axis, or (low, high) pairs, or a single value
-  std::vector<int64_t> dilation;
+  Numbers weight_size;
+  Numbers input_size;
+  Numbers stride;
+  Numbers padding;  // one value per axis, or (low, high) pairs, or a single value
+  Numbers dilation;
   int64_t groups = 1;
   bool transposed = false;
-  std::vector<int64_t> output_padding;
-  std::string padding_mode = "zeros";
+  Numbers output_padding;
+  std::string_view padding_mode = "zeros";
 };
 
 namespace detail {
@@ -33,7 +38,7 @@ namespace detail {
 // One value for each axis, or two.
 class PerAxis {
  public:
-  PerAxis(const std::vector<int64_t>& values, size_t size) : size_(size) {
+  PerAxis(Numbers values, size_t size) : size_(size) {
     for (size_t n = 0; n < size; ++n) at_[n] = values[values.size() == 1 ? 0 : n];
   }
   size_t size() const { return size_; }
@@ -61,7 +66,7 @@ std::string to_text(const Values& values) {
 // int64 arithmetic that rejects instead of wrapping around.
 class Checked {
  public:
-  explicit Checked(std::string op) : op_(std::move(op)) {}
+  explicit Checked(const char* op) : op_(op) {}
 
   int64_t add(int64_t left, int64_t right) const {
     int64_t result = 0;
@@ -82,11 +87,11 @@ class Checked {
  private:
   [[noreturn]] void overflow() const { reject(op_, "the sizes must fit in 63 bits, they do not"); }
 
-  std::string op_;
+  const char* op_;
 };
 
-inline PerAxis per_axis(const std::string& op, const char* name, const std::vector<int64_t>& values,
-                        size_t axes, int64_t least) {
+inline PerAxis per_axis(const char* op, const char* name, Numbers values, size_t axes,
+                        int64_t least) {
   if (values.size() != axes && values.size() != 1) {
     reject(op, std::string("`") + name + "` must have one value or " + std::to_string(axes) +
                    ", got " + to_text(values));
@@ -100,24 +105,24 @@ inline PerAxis per_axis(const std::string& op, const char* name, const std::vect
   return PerAxis(values, axes);
 }
 
-inline PaddingMode padding_mode_from(const std::string& op, const std::string& name) {
+inline PaddingMode padding_mode_from(const char* op, std::string_view name) {
   if (name == "zeros") return PaddingMode::kZeros;
   if (name == "reflect") return PaddingMode::kReflect;
   if (name == "replicate") return PaddingMode::kReplicate;
   if (name == "circular") return PaddingMode::kCircular;
-  reject(op, "`padding_mode` must be 'zeros', 'reflect', 'replicate' or 'circular', got '" + name +
-                 "'");
+  reject(op, "`padding_mode` must be 'zeros', 'reflect', 'replicate' or 'circular', got '" +
+                 std::string(name) + "'");
 }
 
 }  // namespace detail
 
-inline Geometry make_geometry(const std::string& op, const ConvArguments& arguments) {
+inline Geometry make_geometry(const char* op, const ConvArguments& arguments) {
   using detail::per_axis;
   using detail::reject;
   using detail::to_text;
   const detail::Checked checked(op);
 
-  const std::vector<int64_t>& weight_size = arguments.weight_size;
+  const Numbers weight_size = arguments.weight_size;
   if (weight_size.size() < 3 || weight_size.size() > 5) {
     reject(op, "the convolution's weight must have 3, 4 or 5 dimensions, got shape " +
                    to_text(weight_size));
@@ -146,7 +151,7 @@ inline Geometry make_geometry(const std::string& op, const ConvArguments& argume
   }
   if (arguments.transposed && mode != PaddingMode::kZeros) {
     reject(op, "`padding_mode` must be 'zeros' for a transposed convolution, got '" +
-                   arguments.padding_mode + "'");
+                   std::string(arguments.padding_mode) + "'");
   }
 
   Geometry g;

@@ -168,6 +168,7 @@ class ByColumns {
   int64_t images() const { return work_.params.features * g_.groups; }
 
   void list_runs() {
+    runs_.reserve(static_cast<size_t>(g_.kernel_positions() * g_.axis[0].out * g_.axis[1].out));
     for (int64_t k = 0; k < g_.kernel_positions(); ++k) {
       const int64_t k2 = k % g_.axis[2].kernel;
       const int64_t k1 = k / g_.axis[2].kernel % g_.axis[1].kernel;

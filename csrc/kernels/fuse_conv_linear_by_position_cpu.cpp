@@ -480,6 +480,11 @@ double list_bytes(const Geometry& g, const Frame& frame, const Counts& counts) {
          lines * double{sizeof(RunOfPlaces)};
 }
 
+// Whatever the rows cost.
+double fixed_cost(const Geometry& g, const RowWeights& weights) {
+  return weights.launch + weights.repacked * static_cast<double>(weights_of(g));
+}
+
 // By an engine; `product` says what the products and segments of a row cost.
 template <typename T, typename Engine, typename Product>
 double cost(const FuseConvLinearParams& params, const RowWeights& weights, const Product& product) {
@@ -496,8 +501,7 @@ double cost(const FuseConvLinearParams& params, const RowWeights& weights, const
   if (list_bytes(g, frame, counts) > kMostListBytes) return kNever;
   const double row =
       product(plan, shape, counts) + cost_of_row<T, Element>(params, frame, shape, weights);
-  return weights.launch + weights.repacked * static_cast<double>(weights_of(g)) +
-         row * static_cast<double>(params.features);
+  return fixed_cost(g, weights) + row * static_cast<double>(params.features);
 }
 
 template <typename T>
@@ -535,9 +539,17 @@ double tiles_cost(const FuseConvLinearParams& params) {
 
 }  // namespace
 
+double least_by_position(const FuseConvLinearParams& params) {
+  return fixed_cost(params.geometry, kWeights.now().row);
+}
+
 double cost_by_position(const FuseConvLinearParams& params) {
   if (params.geometry.taps_may_collide()) return kNever;
   return dispatch(params.dtype, [&](auto zero) { return vectors_cost<decltype(zero)>(params); });
+}
+
+double least_by_position_tiles(const FuseConvLinearParams& params) {
+  return fixed_cost(params.geometry, kTileWeights.row);
 }
 
 double cost_by_position_tiles(const FuseConvLinearParams& params) {

@@ -15,22 +15,25 @@ namespace linfuse {
 namespace {
 
 bool takes_all(const FuseConvLinearParams&) { return true; }
+double nothing(const FuseConvLinearParams&) { return 0; }
 
 struct Candidate {
   Way way;
-  double (*cost)(const FuseConvLinearParams& params);
-  bool (*takes)(const FuseConvLinearParams& params);  // dearer to know than the cost
+  double (*least)(const FuseConvLinearParams& params);  // what it costs at least
+  double (*cost)(const FuseConvLinearParams& params);   // dearer to know
+  bool (*takes)(const FuseConvLinearParams& params);    // dearer still
   void (*run)(const FuseConvLinearParams& params, const ParallelFor& parallel_for,
               const Allocate& allocate);
 };
 
 constexpr Candidate kCandidates[] = {
-    {Way::kInput, cost_by_input, takes_all, fuse_conv_linear_by_input},
-    {Way::kTiles, cost_by_tiles, takes_all, fuse_conv_linear_by_tiles},
-    {Way::kOutput, cost_by_output, takes_all, fuse_conv_linear_by_output},
-    {Way::kColumns, cost_by_columns, takes_all, fuse_conv_linear_by_columns},
-    {Way::kPosition, cost_by_position, takes_by_position, fuse_conv_linear_by_position},
-    {Way::kPositionTiles, cost_by_position_tiles, takes_by_position,
+    {Way::kInput, nothing, cost_by_input, takes_all, fuse_conv_linear_by_input},
+    {Way::kTiles, nothing, cost_by_tiles, takes_all, fuse_conv_linear_by_tiles},
+    {Way::kOutput, nothing, cost_by_output, takes_all, fuse_conv_linear_by_output},
+    {Way::kColumns, nothing, cost_by_columns, takes_all, fuse_conv_linear_by_columns},
+    {Way::kPosition, least_by_position, cost_by_position, takes_by_position,
+     fuse_conv_linear_by_position},
+    {Way::kPositionTiles, least_by_position_tiles, cost_by_position_tiles, takes_by_position,
      fuse_conv_linear_by_position_tiles},
 };
 
@@ -44,8 +47,13 @@ void launch_fuse_conv_linear_cpu(const FuseConvLinearParams& params,
     return;
   }
   double cost[std::size(kCandidates)];
+  double least = kNever;
   std::transform(std::begin(kCandidates), std::end(kCandidates), cost, [&](const Candidate& one) {
-    return params.way == Way::kCheapest || params.way == one.way ? one.cost(params) : kNever;
+    const bool may_be_it =
+        params.way == Way::kCheapest ? one.least(params) < least : params.way == one.way;
+    const double its = may_be_it ? one.cost(params) : kNever;
+    least = std::min(least, its);
+    return its;
   });
   for (;;) {
     double* const least = std::min_element(std::begin(cost), std::end(cost));

@@ -107,6 +107,7 @@ void pack_taps(const Work<T>& work, int64_t blocks, Accumulate<T>* to) {
   const int64_t out_channels = g.out_channels_per_group();
   // From the first weight of an output channel to that of each (k, c_in).
   std::vector<int64_t> place;
+  place.reserve(static_cast<size_t>(g.kernel_positions() * g.in_channels_per_group()));
   for (int64_t k = 0; k < g.kernel_positions(); ++k) {
     for (int64_t c = 0; c < g.in_channels_per_group(); ++c) {
       place.push_back(c * g.weight_step_in() + k);

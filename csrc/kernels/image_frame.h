@@ -56,6 +56,7 @@ inline AxisFrame make_frame(const Geometry& g, int a) {
   frame.parts = g.transposed ? std::min(axis.stride, std::max<int64_t>(1, axis.out)) : 1;
   const int64_t outs = divide_up(axis.out, frame.parts);
   int64_t most_in = 0;
+  frame.phases.reserve(static_cast<size_t>(frame.step));
   for (int64_t first = 0; first < frame.step; ++first) {
     frame.phases.push_back({first, divide_up(axis.in - first, frame.step), {}});
     most_in = std::max(most_in, frame.phases.back().count);

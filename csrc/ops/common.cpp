@@ -33,23 +33,18 @@ DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name,
-                const Tensor& like, const IntList& size) {
+                const Tensor& like, IntList size) {
   if (tensor.scalar_type() != like.scalar_type()) {
     reject(op, std::string("`") + name + "` must have the dtype of `" + like_name + "`");
   }
   if (tensor.device() != like.device()) {
     reject(op, std::string("`") + name + "` must be on the device of `" + like_name + "`");
   }
-  const auto actual = tensor.sizes();
+  const IntList actual = tensor.sizes();
   if (!std::equal(actual.begin(), actual.end(), size.begin(), size.end())) {
     reject(op, std::string("`") + name + "` must have shape " + to_text(size) + ", got " +
-                   to_text(size_of(tensor)));
+                   to_text(actual));
   }
-}
-
-IntList size_of(const Tensor& tensor) {
-  const auto size = tensor.sizes();
-  return IntList(size.begin(), size.end());
 }
 
 std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
@@ -65,7 +60,7 @@ std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntLis
 
 Tensor as_contiguous(const char* op, const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
-  Tensor copy = allocate(op, tensor, size_of(tensor));
+  Tensor copy = allocate(op, tensor, tensor.sizes());
   torch::stable::copy_(copy, tensor);
   return copy;
 }
@@ -78,11 +73,12 @@ std::optional<Tensor> checked_vector(const char* op, const char* name,
   return as_contiguous(op, *vector);
 }
 
-Tensor allocate(const char* op, const Tensor& like, const IntList& size,
-                std::optional<ScalarType> dtype) {
-  IntList stride(size.size(), 1);
-  for (size_t n = size.size(); n > 1; --n) {
-    stride[n - 2] = stride[n - 1] * std::max<int64_t>(size[n - 1], 1);
+Tensor allocate(const char* op, const Tensor& like, IntList size, std::optional<ScalarType> dtype) {
+  int64_t stride[2 + kAxes];  // no op makes tensors of more
+  int64_t step = 1;
+  for (size_t n = size.size(); n > 0; --n) {
+    stride[n - 1] = step;
+    step *= std::max<int64_t>(size[n - 1], 1);
   }
   int32_t type = 0;
   int32_t device = 0;
@@ -94,8 +90,8 @@ Tensor allocate(const char* op, const Tensor& like, const IntList& size,
     type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   }
   AtenTensorHandle tensor = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), type,
-                               device, device_index, &tensor) != AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride, type, device,
+                               device_index, &tensor) != AOTI_TORCH_SUCCESS) {
     // The stable ABI of 2.11 loses the allocator's own words.
     throw std::runtime_error(std::string(op) + ": out of memory, could not allocate a tensor of " +
                              to_text(size) + " elements");

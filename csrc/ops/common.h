@@ -27,16 +27,14 @@
 namespace linfuse {
 
 using torch::stable::Tensor;
-using IntList = std::vector<int64_t>;
+using IntList = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // The dtype of a tensor that the kernels know; rejects all others.
 DType dtype_of(const char* op, const char* name, const Tensor& tensor);
 
 // Rejects a tensor whose dtype or device is not that of `like`, or whose shape is not `size`.
 void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name,
-                const Tensor& like, const IntList& size);
-
-IntList size_of(const Tensor& tensor);
+                const Tensor& like, IntList size);
 
 // [start, stop) of the matrix's rows that are asked for; all of them without `rows`.
 std::pair<int64_t, int64_t> row_range(const char* op, const std::optional<IntList>& rows,
@@ -53,7 +51,7 @@ std::optional<Tensor> checked_vector(const char* op, const char* name,
 // Fresh, contiguous and uninitialised, on the device of `like` and of its dtype unless one is
 // given. Straight from the allocator: torch::stable::new_empty looks its op up by name, which for a
 // small layer takes longer than the kernel; so does torch::stable::contiguous.
-Tensor allocate(const char* op, const Tensor& like, const IntList& size,
+Tensor allocate(const char* op, const Tensor& like, IntList size,
                 std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 
 // The data of an optional tensor, null where there is none.

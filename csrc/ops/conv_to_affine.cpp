@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> conv_to_affine(Tensor weight, std::optional<Tensor> b
                                           std::optional<IntList> rows) {
   ConvToAffineParams params;
   params.dtype = dtype_of(kOp, "weight", weight);
-  params.geometry = make_geometry(kOp, {size_of(weight), input_size, stride, padding, dilation,
+  params.geometry = make_geometry(kOp, {weight.sizes(), input_size, stride, padding, dilation,
                                         groups, transposed, output_padding, padding_mode});
   bias = checked_vector(kOp, "bias", bias, "weight", weight, params.geometry.out_channels);
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_to_csr(Tensor weight, IntList input_size
                                                std::optional<IntList> rows, bool index32) {
   ConvToCsrParams params;
   params.dtype = dtype_of(kOp, "weight", weight);
-  params.geometry = make_geometry(kOp, {size_of(weight), input_size, stride, padding, dilation,
+  params.geometry = make_geometry(kOp, {weight.sizes(), input_size, stride, padding, dilation,
                                         groups, transposed, output_padding, padding_mode});
   std::tie(params.row_start, params.row_stop) = row_range(kOp, rows, params.geometry);
   weight = as_contiguous(kOp, weight);

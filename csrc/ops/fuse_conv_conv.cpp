@@ -20,15 +20,15 @@ int64_t checked_groups(const char* name, int64_t groups, int64_t out_channels) {
 }
 
 // Sizes and steps of the two kernels, and the size of the merged one.
-IntList read_kernels(const Tensor& first, const Tensor& second, const IntList& first_stride,
-                     const IntList& first_dilation, const IntList& second_dilation,
-                     FuseConvConvParams& params) {
+std::vector<int64_t> read_kernels(const Tensor& first, const Tensor& second, IntList first_stride,
+                                  IntList first_dilation, IntList second_dilation,
+                                  FuseConvConvParams& params) {
   const detail::Checked checked(kOp);
   const auto axes = static_cast<size_t>(first.dim() - 2);
   const detail::PerAxis stride = detail::per_axis(kOp, "first_stride", first_stride, axes, 1);
   const detail::PerAxis step1 = detail::per_axis(kOp, "first_dilation", first_dilation, axes, 1);
   detail::PerAxis step2 = detail::per_axis(kOp, "second_dilation", second_dilation, axes, 1);
-  IntList size;
+  std::vector<int64_t> size;
   for (size_t n = 0; n < axes; ++n) {
     const int64_t size1 = first.size(static_cast<int64_t>(n) + 2);
     const int64_t size2 = second.size(static_cast<int64_t>(n) + 2);
@@ -57,13 +57,13 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
   if (first_weight.dim() < 3 || first_weight.dim() > 5 ||
       second_weight.dim() != first_weight.dim()) {
     detail::reject(kOp, "both weights must have the same 3, 4 or 5 dimensions, got shapes " +
-                            detail::to_text(size_of(first_weight)) + " and " +
-                            detail::to_text(size_of(second_weight)));
+                            detail::to_text(first_weight.sizes()) + " and " +
+                            detail::to_text(second_weight.sizes()));
   }
   for (const Tensor* weight : {&first_weight, &second_weight}) {
     if (weight->numel() == 0) {
       detail::reject(kOp, "the weights must have no empty dimension, got shape " +
-                              detail::to_text(size_of(*weight)));
+                              detail::to_text(weight->sizes()));
     }
   }
   params.mid_channels = first_weight.size(0);
@@ -78,14 +78,15 @@ std::tuple<Tensor, Tensor> fuse_conv_conv(Tensor first_weight, std::optional<Ten
                             std::to_string(second_weight.size(1) * second_groups));
   }
   check_like(kOp, "second_weight", second_weight, "first_weight", first_weight,
-             size_of(second_weight));
+             second_weight.sizes());
   first_bias = checked_vector(kOp, "first_bias", first_bias, "first_weight", first_weight,
                               params.mid_channels);
   second_bias = checked_vector(kOp, "second_bias", second_bias, "first_weight", first_weight,
                                params.out_channels);
-  const IntList kernel = read_kernels(first_weight, second_weight, first_stride, first_dilation,
-                                      second_dilation, params);
-  IntList size = {params.out_channels, params.in_channels / std::gcd(first_groups, second_groups)};
+  const std::vector<int64_t> kernel = read_kernels(first_weight, second_weight, first_stride,
+                                                   first_dilation, second_dilation, params);
+  std::vector<int64_t> size = {params.out_channels,
+                               params.in_channels / std::gcd(first_groups, second_groups)};
   size.insert(size.end(), kernel.begin(), kernel.end());
   int64_t bytes = 8;
   for (int64_t each : size) bytes = checked.multiply(bytes, each);

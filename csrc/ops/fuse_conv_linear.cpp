@@ -17,12 +17,12 @@ std::tuple<Tensor, Tensor> fuse_conv_linear(Tensor conv_weight, std::optional<Te
                                             IntList output_padding, std::string padding_mode) {
   FuseConvLinearParams params;
   params.dtype = dtype_of(kOp, "conv_weight", conv_weight);
-  params.geometry = make_geometry(kOp, {size_of(conv_weight), input_size, stride, padding, dilation,
+  params.geometry = make_geometry(kOp, {conv_weight.sizes(), input_size, stride, padding, dilation,
                                         groups, transposed, output_padding, padding_mode});
   const Geometry& geometry = params.geometry;
   if (linear_weight.dim() != 2) {
     detail::reject(kOp, "`linear_weight` must have 2 dimensions, got shape " +
-                            detail::to_text(size_of(linear_weight)));
+                            detail::to_text(linear_weight.sizes()));
   }
   params.features = linear_weight.size(0);
   check_like(kOp, "linear_weight", linear_weight, "conv_weight", conv_weight,

@@ -45,8 +45,8 @@ namespace {
 constexpr size_t kOutputAlignment = 16;
 
 linfuse::Geometry geometry_of(const Problem& problem) {
-  const auto list = [&](const int64_t* values, int64_t count) {
-    return std::vector<int64_t>(values, values + count);
+  const auto list = [](const int64_t* values, int64_t count) {
+    return linfuse::Numbers(values, static_cast<size_t>(count));
   };
   const int64_t axes = problem.axes;
   return linfuse::make_geometry(
