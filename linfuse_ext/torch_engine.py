@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,50 @@ def _fold_padding(padded: Tensor, geometry: Geometry) -> Tensor:
     return padded
 
 
+class _Padding(NamedTuple):
+    """Who pads, and cuts what was padded: on each axis torch's convolution or this file.
+
+    The convolution does it for nothing, this file by a copy of all images.
+    """
+
+    padding: list[int]  # what the convolution is told
+    output_padding: list[int]  # what that of a transposed convolution is told
+    rest: Geometry  # with what is left to do here
+
+
+def _divide_padding(geometry: Geometry) -> _Padding:
+    """Leaves to torch's convolution what it can do: zeros, as many on both sides of an axis.
+
+    Not more of them than the kernel spans, and not on an axis with one step, whose stride is to go
+    (_convolve).
+    """
+    padding, output_padding = [], []
+    steps = geometry.input_size if geometry.transposed else geometry.output_size
+    for (low, high), extra, stride, dilation, kernel, count in zip(
+        geometry.padding,
+        geometry.output_padding,
+        geometry.stride,
+        geometry.dilation,
+        geometry.kernel_size,
+        steps,
+        strict=True,
+    ):
+        is_plain = geometry.padding_mode == "zeros" and low == high and extra < stride
+        fits = is_plain and low <= (kernel - 1) * dilation and count > 1
+        padding.append(low if fits else 0)
+        output_padding.append(extra if fits else 0)
+    rest = geometry._replace(
+        padding=tuple(
+            (low - own, high - own)
+            for (low, high), own in zip(geometry.padding, padding, strict=True)
+        ),
+        output_padding=tuple(
+            extra - own for extra, own in zip(geometry.output_padding, output_padding, strict=True)
+        ),
+    )
+    return _Padding(padding, output_padding, rest)
+
+
 def _cut(geometry: Geometry) -> list[int]:
     """What a transposed convolution cuts off its full output, in the order of F.pad."""
     return [
@@ -124,16 +168,16 @@ def _convolve(
     weight: Tensor,
     geometry: Geometry,
     transposed: bool,
-    output_padding: Sequence[int] | None = None,
+    padding: Sequence[int],
+    output_padding: Sequence[int],
 ) -> Tensor:
-    zeros = [0] * len(geometry.stride)
     stride = list(geometry.stride)
     if not transposed:
         # An axis with one step needs no stride; torch up to 2.13 computes wrong bfloat16 with it
         # (https://github.com/pytorch/pytorch/issues/169688).
         spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], geometry.dilation, strict=True)]
         for axis, span in enumerate(spans):
-            if images.shape[axis + 2] - span < stride[axis]:
+            if images.shape[axis + 2] + 2 * padding[axis] - span < stride[axis]:
                 images = images.narrow(axis + 2, 0, span)
                 stride[axis] = 1
     with _own_precision(images):
@@ -142,10 +186,10 @@ def _convolve(
             weight,
             None,
             stride,
-            zeros,
+            padding,
             geometry.dilation,
             transposed,
-            zeros if output_padding is None else output_padding,
+            output_padding,
             geometry.groups,
         )
     return images
@@ -171,8 +215,10 @@ def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
         return linear.new_empty(0, geometry.cols)
     repeats = geometry.padding_mode != "zeros"
     images, weight = _widened(images, weight, added_later=repeats)
+    padding, _, rest = _divide_padding(geometry)
     if geometry.transposed:
-        images = _convolve(_uncrop(images, geometry), weight, geometry, transposed=False)
+        images = _uncrop(images, rest)
+        images = _convolve(images, weight, geometry, False, padding, [0] * len(padding))
         return images.reshape(features, -1).to(linear.dtype)
     # What the last step of the stride left over at the high end of the padded input.
     left_over = [
@@ -186,8 +232,8 @@ def product(weight: Tensor, linear: Tensor, geometry: Geometry) -> Tensor:
             strict=True,
         )
     ]
-    padded = _convolve(images, weight, geometry, transposed=True, output_padding=left_over)
-    return _fold_padding(padded, geometry).reshape(features, -1).to(linear.dtype)
+    padded = _convolve(images, weight, geometry, True, padding, left_over)
+    return _fold_padding(padded, rest).reshape(features, -1).to(linear.dtype)
 
 
 def convolve_rows(weight: Tensor, rows: Tensor, geometry: Geometry) -> Tensor:
@@ -197,10 +243,13 @@ def convolve_rows(weight: Tensor, rows: Tensor, geometry: Geometry) -> Tensor:
         return rows.new_empty(0, geometry.rows)
     images = rows.reshape(features, geometry.in_channels, *geometry.input_size)
     images, weight = _widened(images, weight)
+    padding, output_padding, rest = _divide_padding(geometry)
     if geometry.transposed:
-        images = _crop(_convolve(images, weight, geometry, transposed=True), geometry)
+        images = _convolve(images, weight, geometry, True, padding, output_padding)
+        images = _crop(images, rest)
     else:
-        images = _convolve(_pad(images, geometry), weight, geometry, transposed=False)
+        images = _pad(images, rest)
+        images = _convolve(images, weight, geometry, False, padding, output_padding)
     return images.reshape(features, -1).to(rows.dtype)
 
 
@@ -215,10 +264,10 @@ def conv_gradient(
     fine = grad.reshape(features, geometry.in_channels, *geometry.input_size)
     coarse = linear.reshape(features, geometry.out_channels, *geometry.output_size)
     # A transposed convolution takes grad as its input and the Linear's rows as output gradient.
+    padding, output_padding, rest = _divide_padding(geometry)
     images, outputs = (
-        (fine, _uncrop(coarse, geometry)) if geometry.transposed else (_pad(fine, geometry), coarse)
+        (fine, _uncrop(coarse, rest)) if geometry.transposed else (_pad(fine, rest), coarse)
     )
-    zeros = [0] * len(geometry.stride)
     with _own_precision(grad):
         gradients = torch.ops.aten.convolution_backward(
             outputs,
@@ -226,10 +275,10 @@ def conv_gradient(
             grad.new_empty(1).expand(weight_size),  # only its shape is read
             None,
             geometry.stride,
-            zeros,
+            padding,
             geometry.dilation,
             geometry.transposed,
-            zeros,
+            output_padding,
             geometry.groups,
             [False, True, False],
         )
