@@ -438,27 +438,70 @@ template <typename T, typename Shape>
 constexpr int kPanelBytes =
     kStages * (Shape::PanelA::kSize + Shape::PanelB::kSize) * static_cast<int>(sizeof(T));
 
+// The error, which the next one who asks is not told again.
+cudaError_t forgotten(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+
+// Lets the kernel have its panels on the current card.
+template <typename T, typename Shape>
+cudaError_t allow_panels() {
+  return forgotten(cudaFuncSetAttribute(product_kernel<T, Shape>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kPanelBytes<T, Shape>));
+}
+
+// Blocks of the product that the current card runs at a time; 1 where it does not say.
+template <typename T, typename Shape>
+int64_t blocks_at_once() {
+  int device = 0;
+  int multiprocessors = 0;
+  int blocks = 0;
+  const bool is_known =
+      forgotten(cudaGetDevice(&device)) == cudaSuccess &&
+      forgotten(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) ==
+          cudaSuccess &&
+      forgotten(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &blocks, product_kernel<T, Shape>, Shape::kThreads, kPanelBytes<T, Shape>)) ==
+          cudaSuccess;
+  return is_known ? std::max(int64_t{1}, int64_t{multiprocessors} * blocks) : 1;
+}
+
 template <typename T, typename Shape>
 cudaError_t launch_product(Problem<T> problem, cudaStream_t stream) {
-  constexpr int kBytes = kPanelBytes<T, Shape>;
   problem.tiles = tiles_of<Shape>(problem.geometry, problem.features);
   const auto kernel = product_kernel<T, Shape>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();  // or the next one who asks would be told of it
-    return error;
-  }
+  constexpr int kBytes = kPanelBytes<T, Shape>;
   kernel<<<grid_of(problem.tiles.count), Shape::kThreads, kBytes, stream>>>(problem);
   return cudaGetLastError();
 }
 
 // How many features are packed at a time: as many as fit, one at least, in chunks of about one
 // size.
-int64_t chunk_of(int64_t features, int64_t bytes_of_feature, int64_t most_bytes) {
+int64_t largest_chunk(int64_t features, int64_t bytes_of_feature, int64_t most_bytes) {
   const int64_t most = std::max(int64_t{1}, most_bytes / bytes_of_feature);
-  const int64_t chunks = (features + most - 1) / most;
-  return (features + chunks - 1) / chunks;
+  return divide_up(features, divide_up(features, most));
+}
+
+// The same, or down to half of it, as leaves the fewest blocks of the card without a tile: each
+// chunk waits for the last one's, and the last round of tiles takes as long as a full one.
+template <typename T, typename Shape>
+int64_t best_chunk(const Geometry& g, int64_t features, int64_t largest) {
+  constexpr int64_t kMostTries = 64;
+  const int64_t at_once = blocks_at_once<T, Shape>();
+  const int64_t least = divide_up(features, largest);
+  int64_t best = largest;
+  int64_t least_rounds = INT64_MAX;
+  for (int64_t chunks = least; chunks <= std::min(2 * least, least + kMostTries); ++chunks) {
+    const int64_t chunk = divide_up(features, chunks);
+    const int64_t rounds =
+        divide_up(features, chunk) * divide_up(tiles_of<Shape>(g, chunk).count, at_once);
+    if (rounds >= least_rounds) continue;
+    least_rounds = rounds;
+    best = chunk;
+  }
+  return best;
 }
 
 template <typename T>
@@ -482,7 +525,13 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   using A = Accumulate<T>;
   const Geometry& g = params.geometry;
   const PackedSizes<T> sizes(g);
-  const int64_t chunk = chunk_of(params.features, sizes.feature, most_bytes);
+  const int64_t largest = largest_chunk(params.features, sizes.feature, most_bytes);
+  int64_t chunk = 0;
+  cudaError_t error = with_shape<T>(g, [&](auto shape) {
+    chunk = best_chunk<T, decltype(shape)>(g, params.features, largest);
+    return allow_panels<T, decltype(shape)>();
+  });
+  if (error != cudaSuccess) return error;
   const int64_t slices = std::min((kManyBlocks - 1) / chunk + 1, sizes.tiles);
   auto* const linear = static_cast<T*>(allocate(chunk * sizes.feature));
   auto* const weight = static_cast<T*>(allocate(sizes.weight));
@@ -491,7 +540,7 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   const int64_t pieces = sizes.weight / kPieceBytes;
   pack_weight_kernel<T><<<grid_of(pieces, kPackThreads), kPackThreads, 0, stream>>>(
       g, static_cast<const T*>(params.conv_weight), weight, sizes.depth, pieces);
-  cudaError_t error = cudaGetLastError();
+  error = cudaGetLastError();
 
   LinearToPack<T> job{};
   job.feature_stride = params.linear_stride.row;
@@ -534,16 +583,20 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   return error;
 }
 
-// Whether the current card has the tensor cores and can give a block its memory.
-bool card_can(int64_t shared_bytes) {
+// Whether the current card can give a block its memory, and what runs there knows tensor cores: a
+// binary for older cards alone is translated for a newer one, and does not.
+template <typename T, typename Shape>
+bool card_can() {
+  constexpr auto kBytes =
+      static_cast<int64_t>(kPanelBytes<T, Shape> + sizeof(Tables<Shape::kItems>));
   int device = 0;
-  int major = 0;
   int most = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
-             cudaSuccess &&
-         major >= 8 && shared_bytes <= most;
+  cudaFuncAttributes kernel{};
+  return forgotten(cudaGetDevice(&device)) == cudaSuccess &&
+         forgotten(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                          device)) == cudaSuccess &&
+         forgotten(cudaFuncGetAttributes(&kernel, product_kernel<T, Shape>)) == cudaSuccess &&
+         kernel.ptxVersion >= 80 && kBytes <= most;
 }
 
 // Worth packing: lines that are not mostly filling, and full tiles enough for everyone. Otherwise,
@@ -559,12 +612,12 @@ bool pays(const FuseConvLinearParams& params) {
       sizes.weight > kMostWeight) {
     return false;
   }
-  const int64_t chunk = chunk_of(params.features, sizes.feature, kMostLinear);
+  const int64_t chunk = largest_chunk(params.features, sizes.feature, kMostLinear);
   return with_shape<T>(g, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t items = chunk * g.in_positions() * g.groups;
     return tiles_of<Shape>(g, chunk).across * items >= kManyTiles * Shape::kItems &&
-           card_can(kPanelBytes<T, Shape> + sizeof(Tables<Shape::kItems>));
+           card_can<T, Shape>();
   });
 }
 

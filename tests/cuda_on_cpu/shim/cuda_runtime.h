@@ -60,6 +60,9 @@ void run_grid(const char* kernel, const void* key, const LaunchConfig& config,
 // Lets a kernel have so much dynamic shared memory; without this it is 48 KB.
 cudaError_t allow_shared(const void* key, int bytes);
 
+// What kernels were compiled for.
+int ptx_version();
+
 template <typename T>
 struct Same {
   using type = T;
@@ -96,4 +99,20 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   return cuda_on_cpu::allow_shared(reinterpret_cast<const void*>(kernel), value);
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = cuda_on_cpu::ptx_version();
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
 }

@@ -11,7 +11,7 @@ enum cudaError_t {
 };
 
 enum cudaDeviceAttr {
-  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 

@@ -23,6 +23,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr unsigned kMostThreads = 1024;
+constexpr int kMultiprocessors = 3;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of variables; more needs dynamic shared memory
 
 Schedule schedule;
@@ -189,10 +190,11 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+int cuda_on_cpu::ptx_version() { return 10 * schedule.capability; }
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   using namespace cuda_on_cpu;
-  *value =
-      attribute == cudaDevAttrComputeCapabilityMajor ? schedule.capability : schedule.shared_bytes;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : schedule.shared_bytes;
   return cudaSuccess;
 }
 
