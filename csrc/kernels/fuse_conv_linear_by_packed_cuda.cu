@@ -13,13 +13,11 @@
 //   item     (segment, f, place in the segment); a row of the product
 //   tile     kItems items by kChannels c_in of one group
 //
-// Who computes what. pack_weight_kernel: a thread makes a piece of weight[group, k, c_in] at a
-// time. pack_linear_kernel: a block makes a slice of the lines [group, o] of one feature at a time,
-// through shared memory, and with that part of the Linear's row in hand also its part of the fused
-// bias; those are added up (fuse_conv_linear_bias_cuda.cu). product_kernel: one block makes one
-// tile at a time; for every slot that is a tap of any of its items, and every kDepth output
-// channels, a step copies a part of the items' lines and of the weight's to shared memory, and the
-// warps multiply (warp_product.h).
+// Who computes what. For each chunk its part of the Linear is packed, and with it parts of the
+// fused bias made (fuse_conv_linear_pack_cuda.cu), which are added up
+// (fuse_conv_linear_bias_cuda.cu). Then one block makes one tile at a time: for every slot that is
+// a tap of any of its items, and every kDepth output channels, a step copies a part of the items'
+// lines and of the weight's to shared memory, and the warps multiply (warp_product.h).
 //
 // Order of items: a tile has few segments and many features. So nearly all its items share their
 // taps, and what padding would have had is not multiplied, however small the images; and what is
@@ -30,12 +28,10 @@
 // the same lines, which they find in the first-level cache.
 // Sums are made in a fixed order, each element is written once: equal bits in every run.
 #include <algorithm>
-#include <type_traits>
 
-#include "block_sum.h"
-#include "fuse_conv_linear.h"
 #include "fuse_conv_linear_bias.h"
 #include "fuse_conv_linear_classes.h"
+#include "fuse_conv_linear_pack.h"
 #include "grid_size.h"
 #include "warp_product.h"
 
@@ -50,9 +46,6 @@ constexpr int64_t kWidth = 16;
 constexpr int64_t kMostLinear = int64_t{1} << 25;
 constexpr int64_t kMostWeight = int64_t{1} << 25;
 constexpr int64_t kManyTiles = 128;  // about one for each multiprocessor of a large card
-
-template <typename T>
-constexpr int kDepth = 4 * kPiece<T>;
 
 // A block's warps, below each other and side by side, and what each of them makes: as much as
 // registers hold, since what shared memory has to deliver goes down with it.
@@ -89,123 +82,6 @@ auto with_shape(const Geometry& g, const Visitor& visit) {
   if (channels <= Shapes::Slim::kChannels) return visit(typename Shapes::Slim{});
   if (channels <= Shapes::Narrow::kChannels) return visit(typename Shapes::Narrow{});
   return visit(typename Shapes::Wide{});
-}
-
-// --- packing ------------------------------------------------------------------------------------
-
-constexpr int kPackThreads = 256;
-constexpr int kPackPositions = 64;  // of a tile, by kDepth channels
-
-// packed[group, k, c_in, c_out]
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_weight_kernel(Geometry g, const T* weight, T* packed, int64_t depth, int64_t pieces) {
-  const int64_t in_channels = g.in_channels_per_group();
-  const int64_t out_channels = g.out_channels_per_group();
-  const int64_t step = g.weight_step_out();
-  for (int64_t piece = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-       piece < pieces; piece += static_cast<int64_t>(gridDim.x) * kPackThreads) {
-    const int64_t line = piece / (depth / kPiece<T>);
-    const int64_t c_out = piece % (depth / kPiece<T>)*kPiece<T>;
-    const int64_t c_in = line % in_channels;
-    const int64_t k = line / in_channels % g.kernel_positions();
-    const int64_t group = line / in_channels / g.kernel_positions();
-    const T* from = weight + g.weight_index(group * out_channels, c_in) + k + c_out * step;
-    T values[kPiece<T>];
-#pragma unroll
-    for (int n = 0; n < kPiece<T>; ++n) {
-      values[n] = c_out + n < out_channels ? from[n * step] : T{};
-    }
-    store_together<kPiece<T>>(packed + piece * kPiece<T>, values);
-  }
-}
-
-template <typename T>
-struct LinearToPack {
-  const T* linear;  // of the chunk's first feature
-  int64_t feature_stride;
-  int64_t row_stride;
-  T* packed;
-  int64_t depth;
-  int64_t features;
-  int64_t groups;
-  int64_t channels;  // of a group
-  int64_t positions;
-  int64_t slices;        // of a feature, each a block's work
-  const T* conv_bias;    // or null
-  Accumulate<T>* parts;  // [features, slices], of the fused bias
-};
-
-// packed[f, group, o, c_out], and what each slice adds to the fused bias.
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads) pack_linear_kernel(LinearToPack<T> job) {
-  using A = Accumulate<T>;
-  constexpr int kStride = kPackPositions + 2;  // a warp that reads a column meets no bank twice
-  constexpr int kThreadsDown = kPackThreads / kPackPositions;
-  constexpr int kLoads = kDepth<T> / kThreadsDown;
-  static_assert(kPackThreads == kPackPositions * 4, "a thread stores one of a line's four pieces");
-  __shared__ T tile[kDepth<T>][kStride];
-  __shared__ A sums[kPackThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / kPackPositions;
-  const int column = thread % kPackPositions;
-  const int64_t tiles_across = (job.positions - 1) / kPackPositions + 1;
-  const int64_t tiles_down = job.depth / kDepth<T>;
-  const int64_t tiles = job.groups * tiles_down * tiles_across;
-
-  for (int64_t block = blockIdx.x; block < job.features * job.slices; block += gridDim.x) {
-    const int64_t f = block / job.slices;
-    const int64_t first = block % job.slices * tiles / job.slices;
-    const int64_t stop = (block % job.slices + 1) * tiles / job.slices;
-    int64_t o = first % tiles_across * kPackPositions;
-    int64_t c_out = first / tiles_across % tiles_down * kDepth<T>;
-    int64_t group = first / tiles_across / tiles_down;
-    A total = 0;
-    for (int64_t n = first; n < stop; ++n) {
-      const int64_t first_channel = group * job.channels + c_out;
-      const auto channels = static_cast<int>(job.channels - c_out < kDepth<T> ? job.channels - c_out
-                                                                              : int64_t{kDepth<T>});
-      const bool is_position = o + column < job.positions;
-      const T* from = job.linear + f * job.feature_stride +
-                      ((first_channel + row) * job.positions + o + column) * job.row_stride;
-      T values[kLoads];
-#pragma unroll
-      for (int m = 0; m < kLoads; ++m) {
-        const bool is_there = is_position && row + m * kThreadsDown < channels;
-        values[m] = is_there ? *from : T{};
-        from += kThreadsDown * job.positions * job.row_stride;
-      }
-      __syncthreads();  // the tile before has been read
-#pragma unroll
-      for (int m = 0; m < kLoads; ++m) {
-        const int channel = row + m * kThreadsDown;
-        tile[channel][column] = values[m];
-        if (job.conv_bias != nullptr && is_position && channel < channels) {
-          total +=
-              static_cast<A>(values[m]) * static_cast<A>(job.conv_bias[first_channel + channel]);
-        }
-      }
-      __syncthreads();
-      const int line = thread / 4;
-      const int c = thread % 4 * kPiece<T>;
-      if (o + line < job.positions) {
-        T piece[kPiece<T>];
-#pragma unroll
-        for (int m = 0; m < kPiece<T>; ++m) piece[m] = tile[c + m][line];
-        const int64_t to = ((f * job.groups + group) * job.positions + o + line) * job.depth;
-        store_together<kPiece<T>>(job.packed + to + c_out + c, piece);
-      }
-      o += kPackPositions;
-      if (o < job.positions) continue;
-      o = 0;
-      c_out += kDepth<T>;
-      if (c_out < job.depth) continue;
-      c_out = 0;
-      ++group;
-    }
-    total = block_sum<kPackThreads>(total, sums);
-    if (thread == 0) job.parts[block] = total;
-  }
 }
 
 // --- the product --------------------------------------------------------------------------------
@@ -505,54 +381,29 @@ int64_t best_chunk(const Geometry& g, int64_t features, int64_t largest) {
 }
 
 template <typename T>
-struct PackedSizes {
-  int64_t depth;
-  int64_t tiles;    // of a feature, to pack
-  int64_t feature;  // bytes
-  int64_t weight;   // bytes
-
-  explicit PackedSizes(const Geometry& g)
-      : depth((g.out_channels_per_group() + kDepth<T> - 1) / kDepth<T> * kDepth<T>),
-        tiles(g.groups * (depth / kDepth<T>)*((g.out_positions() - 1) / kPackPositions + 1)),
-        feature(g.groups * g.out_positions() * depth * static_cast<int64_t>(sizeof(T))),
-        weight(g.groups * g.kernel_positions() * g.in_channels_per_group() * depth *
-               static_cast<int64_t>(sizeof(T))) {}
-};
-
-template <typename T>
 cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
                    const Allocate& allocate, int64_t most_bytes) {
   using A = Accumulate<T>;
   const Geometry& g = params.geometry;
-  const PackedSizes<T> sizes(g);
+  const PackedSizes sizes = PackedSizes::of<T>(g);
   const int64_t largest = largest_chunk(params.features, sizes.feature, most_bytes);
-  int64_t chunk = 0;
-  cudaError_t error = with_shape<T>(g, [&](auto shape) {
-    chunk = best_chunk<T, decltype(shape)>(g, params.features, largest);
-    return allow_panels<T, decltype(shape)>();
-  });
+  // First of all, as how many blocks run at a time is asked of what they may have.
+  cudaError_t error =
+      with_shape<T>(g, [](auto shape) { return allow_panels<T, decltype(shape)>(); });
   if (error != cudaSuccess) return error;
+  const int64_t chunk = with_shape<T>(
+      g, [&](auto shape) { return best_chunk<T, decltype(shape)>(g, params.features, largest); });
   const int64_t slices = std::min((kManyBlocks - 1) / chunk + 1, sizes.tiles);
   auto* const linear = static_cast<T*>(allocate(chunk * sizes.feature));
   auto* const weight = static_cast<T*>(allocate(sizes.weight));
   auto* const parts = static_cast<A*>(allocate(chunk * slices * static_cast<int64_t>(sizeof(A))));
 
-  const int64_t pieces = sizes.weight / kPieceBytes;
-  pack_weight_kernel<T><<<grid_of(pieces, kPackThreads), kPackThreads, 0, stream>>>(
-      g, static_cast<const T*>(params.conv_weight), weight, sizes.depth, pieces);
-  error = cudaGetLastError();
+  error = launch_pack_weight_cuda(params, weight, stream);
 
-  LinearToPack<T> job{};
-  job.feature_stride = params.linear_stride.row;
-  job.row_stride = params.linear_stride.position;
-  job.packed = linear;
-  job.depth = sizes.depth;
-  job.groups = g.groups;
-  job.channels = g.out_channels_per_group();
-  job.positions = g.out_positions();
-  job.slices = slices;
-  job.conv_bias = static_cast<const T*>(params.conv_bias);
-  job.parts = parts;
+  PackedChunk packed;
+  packed.slices = slices;
+  packed.packed = linear;
+  packed.parts = parts;
   Problem<T> problem{};
   problem.geometry = g;
   problem.classes = classes_of(g);
@@ -561,13 +412,12 @@ cudaError_t launch(const FuseConvLinearParams& params, cudaStream_t stream,
   problem.depth = sizes.depth;
   problem.in_channels = g.in_channels_per_group();
   for (int64_t f = 0; f < params.features && error == cudaSuccess; f += chunk) {
-    job.features = problem.features = std::min(chunk, params.features - f);
-    job.linear = static_cast<const T*>(params.linear_weight) + f * job.feature_stride;
-    pack_linear_kernel<T><<<grid_of(job.features * slices), kPackThreads, 0, stream>>>(job);
-    error = cudaGetLastError();
+    packed.first = f;
+    packed.features = problem.features = std::min(chunk, params.features - f);
+    error = launch_pack_linear_cuda(params, packed, stream);
     if (error != cudaSuccess) break;
     FusedBias bias;
-    bias.features = job.features;
+    bias.features = packed.features;
     bias.slices = slices;
     bias.parts = parts;
     if (params.linear_bias != nullptr) {
@@ -606,7 +456,7 @@ template <typename T>
 bool pays(const FuseConvLinearParams& params) {
   constexpr int64_t kLeastChannels = 16;
   const Geometry& g = params.geometry;
-  const PackedSizes<T> sizes(g);
+  const PackedSizes sizes = PackedSizes::of<T>(g);
   if (params.features == 0 || g.in_channels_per_group() < kLeastChannels ||
       g.out_channels_per_group() * 3 < sizes.depth * 2 || sizes.feature > kMostLinear ||
       sizes.weight > kMostWeight) {
@@ -618,19 +468,6 @@ bool pays(const FuseConvLinearParams& params) {
     const int64_t items = chunk * g.in_positions() * g.groups;
     return tiles_of<Shape>(g, chunk).across * items >= kManyTiles * Shape::kItems &&
            card_can<T, Shape>();
-  });
-}
-
-// Calls visit(T{}) for the types that go this way, and returns `other` for double, whose tensor
-// cores are fed well enough without packing.
-template <typename Result, typename Visitor>
-Result dispatch_packed(DType dtype, Result other, const Visitor& visit) {
-  return dispatch(dtype, [&](auto zero) -> Result {
-    if constexpr (std::is_same_v<decltype(zero), double>) {
-      return other;
-    } else {
-      return visit(zero);
-    }
   });
 }
 
