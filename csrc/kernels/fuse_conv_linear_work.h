@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fuse_conv_linear.h"
+#include "fuse_conv_linear_cost.h"
 #include "memory.h"
 #include "simd_kernels.h"
 #include "slab.h"
@@ -25,6 +26,10 @@ constexpr int64_t kMostScratchBytes = int64_t{32} << 20;
 
 // The same for the packed weights that all of them share.
 constexpr int64_t kMostWeightBytes = int64_t{16} << 20;
+
+// Results from here on are written past the caches. In a loop a smaller one stays there and would
+// be the faster for it; of a result that is made once, hardly a line is there to be found.
+constexpr Measured<int64_t> kStreamedBytes = {.narrow = kLargeBlock, .wide = int64_t{1} << 20};
 
 // Rows f of the Linear, in whole vectors; or, where lanes are not theirs, in a power of two.
 struct Rows {
@@ -83,8 +88,8 @@ class Work {
         fused_(static_cast<T*>(params.weight)) {
     const int64_t bytes = params.features * g.cols() * static_cast<int64_t>(sizeof(T));
     advise_result(fused_, bytes);
-    stream_ = bytes >= kLargeBlock;
-    if (stream_) populate(parallel_for, fused_, bytes);
+    if (bytes >= kLargeBlock) populate(parallel_for, fused_, bytes);
+    stream_ = bytes >= kStreamedBytes.now();
     const int64_t lanes = tiles.lanes;
     bias_.assign(static_cast<size_t>(divide_up(params.features, lanes) * lanes), 0.0);
   }
