@@ -121,8 +121,21 @@ inline __attribute__((always_inline)) void load_block(const T* from, int64_t str
 }
 
 template <typename A>
-inline void add_to_sums(const typename Block<A>::Vector& part, double* sums) {
-  for (int f = 0; f < Block<A>::kLanes; ++f) sums[f] += static_cast<double>(part[f]);
+inline __attribute__((always_inline)) void add_to_sums(const typename Block<A>::Vector& part,
+                                                       double* sums) {
+  constexpr int kBytes = Block<A>::kLanes * int{sizeof(double)};
+  typedef double Wide __attribute__((vector_size(kBytes), aligned(alignof(double))));
+  *reinterpret_cast<Wide*>(sums) += __builtin_convertvector(part, Wide);
+}
+
+// Adds lines [begin, end) of a block, each times its scale. Of its own, as an index that is no
+// constant would have the caller keep the block in memory.
+template <typename A>
+__attribute__((noinline)) void add_lines_to_sums(Block<A> block, int64_t begin, int64_t end,
+                                                 const A* scale, double* sums) {
+  typename Block<A>::Vector part = {};
+  for (int64_t n = begin; n < end; ++n) part += block.line[n] * scale[n];
+  add_to_sums<A>(part, sums);
 }
 
 // Past the caches where a vector is a whole line of memory; `to` is aligned to it.
@@ -164,39 +177,43 @@ void pack(const PackTask<T>& task) {
       }
       continue;
     }
-    int64_t done = 0;
-    while (done < task.count) {
+    double* sums = task.sums == nullptr ? nullptr : task.sums + v * kLanes;
+    if (task.count < kLanes) {
+      Vector part = {};
+      for (int64_t n = 0; n < task.count; ++n) {
+        Vector line = {};
+        for (int f = 0; f < kLanes && f < rows; ++f) {
+          line[f] = static_cast<A>(from[f * task.stride + n]);
+        }
+        if (task.place != nullptr) store_line<A>(to + task.place[n], line);
+        if (sums != nullptr) part += line * task.scale[n];
+      }
+      if (sums != nullptr) add_to_sums<A>(part, sums);
+      continue;
+    }
+    for (int64_t done = 0; done < task.count; done += kLanes) {
       // The last block overlaps the one before where a whole one does not fit.
-      const int64_t first = done + kLanes <= task.count ? done : task.count - kLanes;
+      const int64_t first = std::min(done, task.count - kLanes);
+      if (task.next != 0) fetch_block(from + first + task.next, task.stride, rows);
       Block<A> block;
-      if (first >= 0) {
-        if (task.next != 0) fetch_block(from + first + task.next, task.stride, rows);
-        load_block(from + first, task.stride, rows, block);
-        if (task.place != nullptr) {
+      load_block(from + first, task.stride, rows, block);
+      if (task.place != nullptr) {
 #pragma GCC unroll 16
-          for (int n = 0; n < kLanes; ++n) {
-            A* line = to + task.place[first + n];
-            task.stream ? stream_line(line, block.line[n]) : store_line<A>(line, block.line[n]);
-          }
-        }
-      } else {
-        for (int64_t n = 0; n < task.count; ++n) {
-          Vector line = {};
-          for (int f = 0; f < kLanes && f < rows; ++f) {
-            line[f] = static_cast<A>(from[f * task.stride + n]);
-          }
-          if (task.place != nullptr) store_line<A>(to + task.place[n], line);
-          block.line[n] = line;
+        for (int n = 0; n < kLanes; ++n) {
+          A* line = to + task.place[first + n];
+          task.stream ? stream_line(line, block.line[n]) : store_line<A>(line, block.line[n]);
         }
       }
-      const int64_t base = first < 0 ? 0 : first;
-      const int64_t end = first < 0 ? task.count : first + kLanes;
-      if (task.sums != nullptr) {
-        Vector part = {};
-        for (int64_t n = done; n < end; ++n) part += block.line[n - base] * task.scale[n];
-        add_to_sums<A>(part, task.sums + v * kLanes);
+      if (sums == nullptr) continue;
+      const A* scale = task.scale + first;
+      if (first < done) {
+        add_lines_to_sums(block, done - first, kLanes, scale, sums);
+        continue;
       }
-      done = end;
+      Vector part = {};
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) part += block.line[n] * scale[n];
+      add_to_sums<A>(part, sums);
     }
   }
 }
