@@ -144,6 +144,7 @@ CUTS_OF_WAY = {
         "shared slabs, many rows": (33, (64, 12, 3, 3), (90, 110), {"padding": (3, 0, 0, 1)}),
         "shared, weights in batches, many rows": (33, (700, 700, 3, 3), (3, 4), {"padding": 1}),
         "few rows, several blocks": (10, (20, 75, 3, 3), (9, 11), {"padding": 1, "stride": 2}),
+        "few rows, results past the caches": (10, (20, 75, 3, 3), (41, 43), {"padding": 1}),
         "few rows, two panels, groups": (14, (24, 48, 2, 3), (7, 11), {"groups": 3, "padding": 1}),
         "shared slabs, transposed": (
             5, (12, 64, 3, 2), (45, 55), {"transposed": True, "stride": 2},
@@ -217,6 +218,7 @@ CUTS_OF_WAY = {
         "few rows, strides": (
             4, (100, 3, 2, 2), (15, 22), {"stride": (3, 2), "dilation": (1, 3)},
         ),
+        "results past the caches": (40, (24, 2, 3), (9001,), {"stride": 2}),
         "few large images": (4, (512, 1, 3, 3), (64, 64), {"padding": 1}),
         "one line": (6, (64, 1, 5, 5), (1, 90), {"padding": 2}),
     },
